@@ -1,0 +1,1 @@
+"""JUDGE: estimates of log p(x), over any model and guide."""

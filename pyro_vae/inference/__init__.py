@@ -1,0 +1,1 @@
+"""FIT: objectives and the SVI step, over any model and guide."""

@@ -1,0 +1,186 @@
+r"""Objectives: from the traces of a pair to a scalar loss.
+
+The evidence lower bound is split into distortion and rate,
+
+.. math:: \mathrm{ELBO} = -(D + R), \quad D = -E_q[\log p(x|z)], \quad
+          R = E_q[\log q(z|x) - \log p(z)],
+
+and what is minimised is :math:`D + \beta R` with the KL weight of ``kl_weight``. Everything is a
+sum over the data in nats; sums over traces hold no ``.item()`` and no branch on data.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae.inference.handlers import (
+    Program,
+    Trace,
+    in_particles,
+    latent_sites,
+    observed_sites,
+    traces,
+    unscaled_log_prob,
+    unweighted_scale,
+)
+from pyro_vae.inference.structure import Structure, inspect
+
+__all__ = ["ELBO", "Foreign", "Objective", "Terms", "elbo_terms", "objective_of"]
+
+
+class Terms(NamedTuple):
+    """One estimate of an objective, each a 0-d tensor in nats, summed over the data.
+
+    Attributes:
+        loss: What is minimised: distortion + beta * rate. Carries the gradient.
+        distortion: -E_q[log p(x|z)], detached; NaN where a loss of the user's hides it.
+        rate: E_q[log q(z|x) - log p(z)] without the KL weight, detached; likewise.
+    """
+
+    loss: Tensor
+    distortion: Tensor
+    rate: Tensor
+
+
+def elbo_terms(
+    model_trace: Trace, guide_trace: Trace, *, analytic: frozenset[str] = frozenset()
+) -> Terms:
+    r"""The negative ELBO of a pair of traces, as a pure sum over their sites.
+
+    Args:
+        model_trace: Trace of the model, replayed on the guide's latents.
+        guide_trace: Trace of the guide.
+        analytic: Latent sites at which :math:`\log q - \log p` is replaced by
+            :math:`KL(q \| p)` in closed form.
+
+    Returns:
+        The terms, summed over data and particles.
+    """
+    distortion: Any = 0.0
+    rate: Any = 0.0
+    weighted_rate: Any = 0.0
+    for _, site in observed_sites(model_trace):
+        distortion = distortion - unscaled_log_prob(site).sum() * site["scale"]
+    for name, q in latent_sites(guide_trace):
+        if name in analytic:
+            kl = kl_divergence(q["fn"], model_trace.nodes[name]["fn"])
+            parts = [(scale_and_mask(kl, 1.0, q["mask"]).sum(), q)]
+        else:
+            parts = [(unscaled_log_prob(q).sum(), q)]
+            if name in model_trace.nodes:  # auxiliary latents stand in the guide alone
+                p = model_trace.nodes[name]
+                parts.append((-unscaled_log_prob(p).sum(), p))
+        for nats, site in parts:
+            weighted_rate = weighted_rate + nats * site["scale"]
+            rate = rate + nats.detach() * unweighted_scale(site)
+    loss = torch.as_tensor(distortion + weighted_rate)
+    return Terms(loss, torch.as_tensor(distortion).detach(), torch.as_tensor(rate))
+
+
+@dataclass
+class ELBO:
+    """The evidence lower bound of any pair, as Pyro's ``Trace_ELBO`` or ``TraceMeanField_ELBO``.
+
+    Attributes:
+        analytic_kl: Use the closed-form KL at every site where one is registered and unbiased.
+        num_particles: Number of draws K from the guide.
+        vectorize_particles: Draw them at once in a plate left of the deepest one; else in a loop.
+        pyro_loss: Pyro's own loss, for guides without a pathwise gradient.
+    """
+
+    analytic_kl: bool = False
+    num_particles: int = 1
+    vectorize_particles: bool = True
+    pyro_loss: Any = None
+    structure: Structure | None = None
+
+    def prepare(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Inspect the pair on its first arguments."""
+        self.structure = inspect(model, guide, args, kwargs, analytic_kl=self.analytic_kl)
+
+    def terms(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Terms:
+        """One estimate of the loss and its parts, summed over the data, mean over particles."""
+        structure = self.structure
+        if structure is None:
+            raise RuntimeError("ELBO.terms was called before ELBO.prepare.")
+        if not structure.reparameterized and self.pyro_loss is not None:
+            return Foreign(self.pyro_loss).terms(model, guide, args, kwargs)
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        if vectorized:
+            model = in_particles(model, self.num_particles, structure.max_plate_nesting)
+            guide = in_particles(guide, self.num_particles, structure.max_plate_nesting)
+        rounds = 1 if vectorized else self.num_particles
+        sums: list[Any] = [0.0, 0.0, 0.0]
+        for _ in range(rounds):
+            estimate = elbo_terms(*traces(model, guide, args, kwargs), analytic=structure.analytic)
+            sums = [a + b / self.num_particles for a, b in zip(sums, estimate, strict=True)]
+        return Terms(*sums)
+
+
+@dataclass
+class Foreign:
+    """A loss that this library does not know: Pyro's other losses, or a function of the user's.
+
+    Attributes:
+        loss: An object with Pyro's ``differentiable_loss``, or a function of
+            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor.
+    """
+
+    loss: Any
+
+    def prepare(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Nothing is known of the pair's sites here, so nothing is checked."""
+
+    def terms(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Terms:
+        """The loss; its parts are unknown."""
+        differentiable: Callable[..., Any] = getattr(self.loss, "differentiable_loss", self.loss)
+        loss = differentiable(model, guide, *args, **kwargs)
+        unknown = loss.new_full((), math.nan)
+        return Terms(loss, unknown, unknown)
+
+
+Objective = ELBO | Foreign
+
+
+def objective_of(loss: Any) -> Objective:
+    """The objective that a loss object of Pyro's selects.
+
+    Args:
+        loss: ``Trace_ELBO()`` for Monte Carlo of all terms, ``TraceMeanField_ELBO()`` for the
+            analytic KL, any other loss of Pyro's with a ``differentiable_loss``, or a function of
+            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor to minimise.
+
+    Returns:
+        The objective.
+
+    Raises:
+        TypeError: ``loss`` is none of these.
+    """
+    if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+        return ELBO(
+            analytic_kl=type(loss) is TraceMeanField_ELBO,
+            num_particles=loss.num_particles,
+            vectorize_particles=loss.vectorize_particles,
+            pyro_loss=loss,
+        )
+    if hasattr(loss, "differentiable_loss") or callable(loss):
+        return Foreign(loss)
+    raise TypeError(
+        f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), or a function "
+        f"of (model, guide, *args), got {loss!r}."
+    )

@@ -1,0 +1,213 @@
+"""Stochastic variational inference over any pair, used like ``pyro.infer.SVI``."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyro_vae.inference.handlers import Program
+from pyro_vae.inference.objectives import Terms, objective_of
+from pyro_vae.inference.parameters import Parameters
+
+__all__ = ["SVI", "OptimizerFactory"]
+
+OptimizerFactory = Callable[[list[Tensor]], Optimizer]
+
+
+class SVI:
+    """Minimise the loss of a model and a guide by stochastic gradients.
+
+    The first call inspects the pair on its arguments (names, shapes, supports), finds its
+    parameters, and makes the optimizer; later calls skip Pyro's validation.
+
+    Args:
+        model: A Pyro model: a function, an ``nn.Module``, or a ``PyroModule``.
+        guide: Its guide, with latent sites of the same names.
+        optimizer: A factory ``lambda params: torch.optim.Adam(params, lr=1e-3)``, a torch optimizer
+            over those parameters that are to be trained, or a Pyro optimizer.
+        loss: ``Trace_ELBO()`` or ``TraceMeanField_ELBO()``, any other Pyro loss with a
+            ``differentiable_loss``, or a function of ``(model, guide, *args)``.
+        max_grad_norm: Clip the norm of the gradient of the summed loss, over all parameters.
+
+    Raises:
+        TypeError: ``optimizer`` or ``loss`` is of another kind.
+
+    Example:
+        >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
+        >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
+        >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
+        >>> svi = pv.SVI(model, guide, lambda params: torch.optim.Adam(params, lr=1e-3))
+        >>> loss = svi.step(torch.ones(5, 9))
+        >>> loss.shape, bool(svi.evaluate_loss(torch.ones(5, 9)) > 0)
+        (torch.Size([]), True)
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optimizer: OptimizerFactory | Optimizer | PyroOptim,
+        loss: Any = None,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if not (isinstance(optimizer, Optimizer | PyroOptim) or callable(optimizer)):
+            raise TypeError(
+                "SVI: expected optimizer to be a torch optimizer, a factory such as "
+                "lambda params: torch.optim.Adam(params, lr=1e-3), or a Pyro optimizer, got "
+                f"{optimizer!r}."
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"SVI: expected max_grad_norm > 0 or None, got {max_grad_norm}.")
+        self.model = model
+        self.guide = guide
+        self.objective = objective_of(Trace_ELBO() if loss is None else loss)
+        self.max_grad_norm = max_grad_norm
+        self._given = optimizer
+        self._optimizer: Optimizer | PyroOptim | None = None
+        self._parameters: Parameters | None = None
+        self._gradients_checked = False
+
+    @property
+    def parameters(self) -> Parameters:
+        """The pair's parameters, known after ``setup`` or the first step."""
+        if self._parameters is None:
+            raise RuntimeError("the parameters of the pair are unknown before setup or a step.")
+        return self._parameters
+
+    @property
+    def optimizer(self) -> Optimizer | PyroOptim:
+        """The optimizer, made at ``setup`` or the first step."""
+        if self._optimizer is None:
+            raise RuntimeError("the optimizer does not exist before setup or a step.")
+        return self._optimizer
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Inspect the pair on arguments, find its parameters, make the optimizer; no step.
+
+        Args:
+            args: What the pair takes, e.g. a minibatch ``(B, D)``.
+            kwargs: Likewise.
+
+        Raises:
+            ValueError: Model, guide and data do not fit, or there is nothing to train.
+        """
+        with torch.no_grad(), poutine.trace(param_only=True) as capture:
+            self.objective.prepare(self.model, self.guide, args, kwargs)
+        if isinstance(self._given, PyroOptim):
+            _register(self.model, self.guide)
+        self._parameters = Parameters(self.model, self.guide)
+        self._parameters.collect(capture.trace)
+        if self._parameters.named:
+            self._make_optimizer()
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take one gradient step.
+
+        Args:
+            args: What the pair takes, e.g. a minibatch ``(B, D)``.
+            kwargs: Likewise.
+
+        Returns:
+            The loss before the step, summed over the minibatch, in nats: a detached 0-d tensor,
+            so that nothing waits for the device.
+        """
+        return self.update(*args, **kwargs).loss
+
+    def update(self, *args: Any, **kwargs: Any) -> Terms:
+        """Take one gradient step, and return the loss with its parts (see ``Terms``)."""
+        if self._parameters is None:
+            self.setup(*args, **kwargs)
+        with pyro.validation_enabled(is_validate=False), poutine.trace(param_only=True) as capture:
+            terms = self.objective.terms(self.model, self.guide, args, kwargs)
+        self._take_up(self.parameters.collect(capture.trace))
+        params = list(self.parameters.named.values())
+        _check_differentiable(terms.loss, params)
+        terms.loss.backward()
+        if not self._gradients_checked:
+            self._check_gradients()
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+        if isinstance(self.optimizer, PyroOptim):
+            self.optimizer(params)
+        else:
+            self.optimizer.step()
+        for param in params:
+            param.grad = None
+        return terms._replace(loss=terms.loss.detach())
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss without a step.
+
+        Args:
+            args: What the pair takes, e.g. a minibatch ``(B, D)``.
+            kwargs: Likewise.
+
+        Returns:
+            The loss, summed over the data, in nats: a 0-d tensor.
+        """
+        return self.evaluate(*args, **kwargs).loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Terms:
+        """The loss with its parts (see ``Terms``), without a step or gradients."""
+        if self._parameters is None:
+            self.setup(*args, **kwargs)
+        with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+            return self.objective.terms(self.model, self.guide, args, kwargs)
+
+    def _make_optimizer(self) -> None:
+        params = list(self.parameters.named.values())
+        if isinstance(self._given, Optimizer | PyroOptim):
+            self._optimizer = self._given
+        else:
+            self._optimizer = self._given(params)
+
+    def _take_up(self, new: list[Tensor]) -> None:
+        """Train parameters that a later call of the pair has brought to light."""
+        if self._optimizer is None:
+            if not self.parameters.named:
+                raise ValueError(
+                    "SVI: the pair has no parameters to train. Register networks with "
+                    "pyro.module(name, network), use pyro.param, or write the pair as modules."
+                )
+            self._make_optimizer()
+        elif new and not isinstance(self._given, Optimizer | PyroOptim):
+            self.optimizer.add_param_group({"params": new})  # type: ignore[union-attr]
+
+    def _check_gradients(self) -> None:
+        self._gradients_checked = True
+        idle = [name for name, param in self.parameters.named.items() if param.grad is None]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(self.parameters.named)} parameters got no gradient at the "
+                f"first step, e.g. {idle[0]!r}. Where a new network was registered under the name "
+                "of an older one, call pyro.clear_param_store() before making the new pair.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _check_differentiable(loss: Tensor, params: list[Tensor]) -> None:
+    if not loss.requires_grad:
+        raise ValueError(
+            f"SVI: the loss depends on none of the {len(params)} parameters of the pair. Networks "
+            "have to be registered with pyro.module under a name that no older network has "
+            "(pyro.clear_param_store() forgets those)."
+        )
+
+
+def _register(*programs: Program) -> None:
+    """Pyro's optimizers look names up in the parameter store: put plain modules there."""
+    store = pyro.get_param_store()
+    for role, program in zip(("model", "guide"), programs, strict=True):
+        if isinstance(program, torch.nn.Module):
+            for name, parameter in program.named_parameters():
+                if parameter.requires_grad and parameter not in store._param_to_name:
+                    store[f"{role}.{name}"] = parameter

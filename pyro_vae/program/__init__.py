@@ -1,0 +1,1 @@
+"""SAY: conditional distributions, priors, and the programs made of them."""
