@@ -1,30 +1,42 @@
 """Variational autoencoders as Pyro programs: say, fit, judge."""
 
+from pyro_vae.data import Labels, Split, load_data
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence, log_weights
 from pyro_vae.inference.handlers import kl_weight
+from pyro_vae.inference.loop import DivergedError, warmup
 from pyro_vae.inference.svi import SVI
 from pyro_vae.program import distributions, families, networks, priors
 from pyro_vae.program.conditional import Conditional
 from pyro_vae.program.vae import Guide, Model, decode, encode, generate, reconstruct
-
-__version__ = "0.1.0"
+from pyro_vae.runs.evaluate import evaluate_run
+from pyro_vae.runs.fit import History, fit
+from pyro_vae.runs.load import load
 
 __all__ = [
     "SVI",
     "Conditional",
+    "DivergedError",
     "Estimate",
     "Guide",
+    "History",
+    "Labels",
     "Model",
+    "Split",
     "decode",
     "distributions",
     "encode",
+    "evaluate_run",
     "families",
+    "fit",
     "generate",
     "kl_weight",
+    "load",
+    "load_data",
     "log_evidence",
     "log_weights",
     "networks",
     "priors",
     "reconstruct",
+    "warmup",
 ]

@@ -33,6 +33,7 @@ from pyro_vae.inference.handlers import (
     in_particles,
     latent_sites,
     observed_sites,
+    site_to_blame,
     unscaled_log_prob,
 )
 from pyro_vae.inference.structure import inspect
@@ -252,16 +253,10 @@ class _Pair:
             with seeded(*seed, device=self.device):
                 guide_trace = self._trace(self.guide, particles)
             trace = self._replayed(guide_trace, slice(0, particles), particles)
-            for owner, found in (("guide", guide_trace), ("model", trace)):
-                for name, site in (*latent_sites(found), *observed_sites(found)):
-                    log_prob = unscaled_log_prob(site)
-                    worst = -log_prob if owner == "guide" else log_prob
-                    if not (worst < math.inf).all():
-                        return (
-                            f"site {name!r} of the {owner}: its log-density is NaN or infinite for "
-                            "some data. Did training diverge? Check the pair's parameters."
-                        )
-        return "some log-weights are NaN: infinite log-densities of model and guide cancel."
+            blamed = site_to_blame(trace, guide_trace)
+        if blamed is None:
+            return "some log-weights are NaN: infinite log-densities of model and guide cancel."
+        return f"{blamed} for some data. Did training diverge? Check the pair's parameters."
 
     def _trace(self, program: Program, particles: int) -> Trace:
         inside = in_particles(program, particles, self.nesting)

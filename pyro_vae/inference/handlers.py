@@ -1,5 +1,6 @@
 """Effect handlers, and what can be read off the traces of a pair."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,20 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["Site", "Trace", "kl_weight", "latent_sites", "observed_sites", "sample_sites", "traces"]
+__all__ = [
+    "Program",
+    "Site",
+    "Trace",
+    "in_particles",
+    "kl_weight",
+    "latent_sites",
+    "observed_sites",
+    "sample_sites",
+    "site_to_blame",
+    "traces",
+    "unscaled_log_prob",
+    "unweighted_scale",
+]
 
 Program = Callable[..., Any]
 Trace = Any
@@ -117,3 +131,18 @@ def unscaled_log_prob(site: Site) -> Tensor:
 def unweighted_scale(site: Site) -> float | Tensor:
     """The site's scale (of subsampling, say) without the KL weight."""
     return site["infer"].get("unweighted_scale", site["scale"])
+
+
+def site_to_blame(model_trace: Trace, guide_trace: Trace) -> str | None:
+    """The first site whose value or log-density is NaN, or infinite in the wrong direction."""
+    for owner, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in sample_sites(trace):
+            if not site["value"].isfinite().all():
+                return f"site {name!r} of the {owner}: its value is NaN or infinite"
+            log_prob = unscaled_log_prob(site)
+            # p(x) = 0 is an honest answer of a model; q(z) = infinity is none of a guide's.
+            if log_prob.isnan().any() or (log_prob == math.inf).any():
+                return f"site {name!r} of the {owner}: its log-density is NaN or +infinity"
+            if owner == "guide" and (log_prob == -math.inf).any():
+                return f"site {name!r} of the guide: it drew a value of density zero"
+    return None

@@ -10,7 +10,6 @@ sum over the data in nats; sums over traces hold no ``.item()`` and no branch on
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,7 +113,8 @@ class ELBO:
         structure = self.structure
         if structure is None:
             raise RuntimeError("ELBO.terms was called before ELBO.prepare.")
-        if not structure.reparameterized and self.pyro_loss is not None:
+        if not structure.reparameterized and torch.is_grad_enabled():
+            # Without a pathwise gradient Pyro adds score-function terms to the loss.
             return Foreign(self.pyro_loss).terms(model, guide, args, kwargs)
         vectorized = self.vectorize_particles and self.num_particles > 1
         if vectorized:
@@ -133,8 +133,8 @@ class Foreign:
     """A loss that this library does not know: Pyro's other losses, or a function of the user's.
 
     Attributes:
-        loss: An object with Pyro's ``differentiable_loss``, or a function of
-            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor.
+        loss: An object with Pyro's ``differentiable_loss`` or ``loss_and_grads``, or a function
+            of ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor.
     """
 
     loss: Any
@@ -147,9 +147,17 @@ class Foreign:
     def terms(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Terms:
-        """The loss; its parts are unknown."""
-        differentiable: Callable[..., Any] = getattr(self.loss, "differentiable_loss", self.loss)
-        loss = differentiable(model, guide, *args, **kwargs)
+        """The loss; its parts are unknown.
+
+        A loss that does its own backward pass (``loss_and_grads``) comes without a gradient.
+        """
+        if hasattr(self.loss, "differentiable_loss"):
+            function = self.loss.differentiable_loss
+        elif hasattr(self.loss, "loss_and_grads"):
+            function = self.loss.loss_and_grads if torch.is_grad_enabled() else self.loss.loss
+        else:
+            function = self.loss
+        loss = torch.as_tensor(function(model, guide, *args, **kwargs))
         unknown = loss.new_full((), math.nan)
         return Terms(loss, unknown, unknown)
 
@@ -162,7 +170,7 @@ def objective_of(loss: Any) -> Objective:
 
     Args:
         loss: ``Trace_ELBO()`` for Monte Carlo of all terms, ``TraceMeanField_ELBO()`` for the
-            analytic KL, any other loss of Pyro's with a ``differentiable_loss``, or a function of
+            analytic KL, any other loss of Pyro's, or a function of
             ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor to minimise.
 
     Returns:
@@ -178,7 +186,7 @@ def objective_of(loss: Any) -> Objective:
             vectorize_particles=loss.vectorize_particles,
             pyro_loss=loss,
         )
-    if hasattr(loss, "differentiable_loss") or callable(loss):
+    if hasattr(loss, "loss_and_grads") or callable(loss):
         return Foreign(loss)
     raise TypeError(
         f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), or a function "

@@ -163,7 +163,7 @@ def _analytic_sites(
 ) -> frozenset[str]:
     """The sites at which integrating one latent out under the guide leaves no bias.
 
-    E_q[log q(z_i|.) - log p(z_i|.)] may be integrated over z_i alone iff no parent of z_i in the
+    E_q[log q(z_i|.) - log p(z_i|.)] may be integrated over z_i alone if no parent of z_i in the
     model descends from z_i in the guide (docs/mathematics.md, section 5).
     """
     in_model = [name for name, _ in latent_sites(model_trace)]

@@ -32,8 +32,8 @@ class SVI:
         guide: Its guide, with latent sites of the same names.
         optimizer: A factory ``lambda params: torch.optim.Adam(params, lr=1e-3)``, a torch optimizer
             over those parameters that are to be trained, or a Pyro optimizer.
-        loss: ``Trace_ELBO()`` or ``TraceMeanField_ELBO()``, any other Pyro loss with a
-            ``differentiable_loss``, or a function of ``(model, guide, *args)``.
+        loss: ``Trace_ELBO()`` (the default) or ``TraceMeanField_ELBO()``, any other Pyro loss, or
+            a function of ``(model, guide, *args)`` that returns a 0-d tensor to minimise.
         max_grad_norm: Clip the norm of the gradient of the summed loss, over all parameters.
 
     Raises:
@@ -92,6 +92,8 @@ class SVI:
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Inspect the pair on arguments, find its parameters, make the optimizer; no step.
 
+        Values are checked against supports unless Pyro's validation is switched off around it.
+
         Args:
             args: What the pair takes, e.g. a minibatch ``(B, D)``.
             kwargs: Likewise.
@@ -129,8 +131,8 @@ class SVI:
             terms = self.objective.terms(self.model, self.guide, args, kwargs)
         self._take_up(self.parameters.collect(capture.trace))
         params = list(self.parameters.named.values())
-        _check_differentiable(terms.loss, params)
-        terms.loss.backward()
+        if terms.loss.requires_grad:
+            terms.loss.backward()
         if not self._gradients_checked:
             self._check_gradients()
         if self.max_grad_norm is not None:
@@ -183,24 +185,23 @@ class SVI:
 
     def _check_gradients(self) -> None:
         self._gradients_checked = True
-        idle = [name for name, param in self.parameters.named.items() if param.grad is None]
+        named = self.parameters.named
+        idle = [name for name, param in named.items() if param.grad is None]
+        advice = (
+            "Where a new network was registered under the name of an older one, call "
+            "pyro.clear_param_store() before making the new pair."
+        )
+        if len(idle) == len(named):
+            raise ValueError(
+                f"SVI: the loss depends on none of the pair's {len(named)} parameters. {advice}"
+            )
         if idle:
             warnings.warn(
-                f"{len(idle)} of {len(self.parameters.named)} parameters got no gradient at the "
-                f"first step, e.g. {idle[0]!r}. Where a new network was registered under the name "
-                "of an older one, call pyro.clear_param_store() before making the new pair.",
+                f"{len(idle)} of {len(named)} parameters got no gradient at the first step, e.g. "
+                f"{idle[0]!r}. {advice}",
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _check_differentiable(loss: Tensor, params: list[Tensor]) -> None:
-    if not loss.requires_grad:
-        raise ValueError(
-            f"SVI: the loss depends on none of the {len(params)} parameters of the pair. Networks "
-            "have to be registered with pyro.module under a name that no older network has "
-            "(pyro.clear_param_store() forgets those)."
-        )
 
 
 def _register(*programs: Program) -> None:

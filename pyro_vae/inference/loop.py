@@ -1,0 +1,286 @@
+"""Epochs of stochastic variational inference, as a state that can be saved and taken up again.
+
+The loop knows nothing of files, progress bars or signals: see ``pyro_vae.runs.fit``.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vae.context import at_rest, seeded
+from pyro_vae.inference.handlers import kl_weight, site_to_blame, traces
+from pyro_vae.inference.svi import SVI
+
+__all__ = ["DivergedError", "Loop", "Record", "warmup"]
+
+Record = dict[str, Any]
+
+VALIDATION_BATCH = 1000
+
+
+class DivergedError(ArithmeticError):
+    """The loss turned NaN or infinite; the pair is back at its last good state."""
+
+
+def warmup(epochs: int) -> Callable[[int], float]:
+    """A KL weight that rises linearly from 1 / ``epochs`` to 1 over the first epochs.
+
+    Args:
+        epochs: Number of epochs until the weight is 1.
+
+    Returns:
+        A function from the epoch (1, 2, ...) to the weight, for ``fit(kl_weight=...)``.
+
+    Example:
+        >>> weight = pv.warmup(4)
+        >>> [weight(epoch) for epoch in (1, 2, 4, 9)]
+        [0.25, 0.5, 1.0, 1.0]
+    """
+    if epochs < 1:
+        raise ValueError(f"warmup: expected at least one epoch, got {epochs}.")
+    return lambda epoch: min(1.0, epoch / epochs)
+
+
+class Loop:
+    """Minibatches, epochs, and the validation bound of one training.
+
+    Args:
+        svi: The step.
+        train: Training data, tensors of equal length N on the pair's device.
+        valid: Validation data likewise, or None.
+        batch_size: Data per step; the last minibatch of an epoch is smaller, never dropped.
+        seed: Seed of the order of the data and of the validation noise.
+        refresh: Applied to the first tensor of each training minibatch (dynamic binarization).
+        weight: From the epoch (1, 2, ...) to the KL weight.
+        scheduler: Learning-rate schedule, stepped once an epoch.
+
+    Attributes:
+        records: One dict an epoch; bounds in nats per datum, unweighted.
+    """
+
+    def __init__(
+        self,
+        svi: SVI,
+        train: tuple[Tensor, ...],
+        valid: tuple[Tensor, ...] | None,
+        *,
+        batch_size: int,
+        seed: int,
+        refresh: Callable[[Tensor], Tensor] | None = None,
+        weight: Callable[[int], float] = lambda epoch: 1.0,
+        scheduler: LRScheduler | None = None,
+    ) -> None:
+        self.svi = svi
+        self.train = train
+        self.valid = valid
+        self.batch_size = batch_size
+        self.seed = seed
+        self.refresh = refresh
+        self.weight = weight
+        self.scheduler = scheduler
+        self.records: list[Record] = []
+        self.step = 0
+        self.seconds = 0.0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._good: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return len(self.records)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of minibatches in an epoch."""
+        return math.ceil(len(self.train[0]) / self.batch_size)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first parameter group."""
+        groups = getattr(self.svi.optimizer, "param_groups", None)
+        return float(groups[0]["lr"]) if groups else math.nan
+
+    def run_epoch(self, after_step: Callable[[Tensor], bool] = lambda loss: False) -> bool:
+        """Run one epoch, or the rest of one.
+
+        Args:
+            after_step: Called with the loss per datum of each minibatch, a 0-d tensor on the
+                device; returning True stops after this step.
+
+        Returns:
+            Whether the epoch was finished; if not, another call goes on with it.
+
+        Raises:
+            DivergedError: The loss is NaN or infinite. The state is that of the epoch's start.
+        """
+        if self.step == 0 or self._good is None:
+            self._good = copy.deepcopy(self.state_dict())
+        device = self.train[0].device
+        self._sums = self._sums.to(device)
+        order = self._order().to(device)
+        # Reading a loss waits for the device: at each step on a CPU, now and then elsewhere.
+        every = 1 if device.type == "cpu" else 100
+        while self.step < self.steps_per_epoch:
+            started = time.perf_counter()
+            rows = order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
+            batch = self._batch(rows)
+            with kl_weight(self.weight(self.epoch + 1)):
+                terms = self.svi.update(*batch)
+            self._sums += torch.stack([t.double() for t in terms])
+            self.step += 1
+            self.seconds += time.perf_counter() - started
+            last = self.step == self.steps_per_epoch
+            if (last or self.step % every == 0) and not self._sums[0].isfinite():
+                self._raise_diverged()
+            if after_step(terms.loss / len(rows)) and not last:
+                return False
+        self._finish_epoch()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on, as tensors and plain values."""
+        optimizer: Any = self.svi.optimizer
+        pyro_style = isinstance(optimizer, PyroOptim)
+        device = self.train[0].device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {
+            "parameters": self.svi.parameters.state_dict(),
+            "best": self.best,
+            "optimizer": optimizer.get_state() if pyro_style else optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "random_state": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "records": self.records,
+            "step": self.step,
+            "sums": self._sums,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back (or on) to a saved state.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: The state belongs to another pair.
+        """
+        self.svi.parameters.load_state_dict(state["parameters"])
+        optimizer: Any = self.svi.optimizer
+        if isinstance(optimizer, PyroOptim):
+            optimizer.set_state(state["optimizer"])
+        else:
+            optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random_state"]["cpu"].cpu())
+        if state["random_state"]["cuda"] is not None and self.train[0].is_cuda:
+            torch.cuda.set_rng_state(state["random_state"]["cuda"].cpu(), self.train[0].device)
+        self.best = state["best"]
+        self.records = [dict(record) for record in state["records"]]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self._sums = state["sums"].clone()
+
+    def restore_best(self) -> None:
+        """Put the parameters of the best validation bound back into the pair, if there are any."""
+        if self.best is not None:
+            self.svi.parameters.load_state_dict(self.best["parameters"])
+
+    def _order(self) -> Tensor:
+        """The order of the data in this epoch: a function of the seed and the epoch alone."""
+        with seeded(self.seed, 1, self.epoch):
+            return torch.randperm(len(self.train[0]))
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, ...]:
+        first, *others = (tensor[rows] for tensor in self.train)
+        return (self.refresh(first) if self.refresh else first, *others)
+
+    def _finish_epoch(self) -> None:
+        loss, distortion, rate = (self._sums / len(self.train[0])).tolist()
+        record: Record = {
+            "epoch": self.epoch + 1,
+            "seconds": self.seconds,
+            "loss": loss,
+            "elbo": -(distortion + rate),
+            "distortion": distortion,
+            "rate": rate,
+            "kl_weight": float(self.weight(self.epoch + 1)),
+            "learning_rate": self.learning_rate,
+            "valid_elbo": self._valid_elbo() if self.valid is not None else math.nan,
+        }
+        self.records.append(record)
+        self.step = 0
+        self._sums.zero_()
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(-record["valid_elbo"])
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        if self.valid is not None and (
+            self.best is None or record["valid_elbo"] > self.best["valid_elbo"]
+        ):
+            self.best = {
+                "epoch": record["epoch"],
+                "valid_elbo": record["valid_elbo"],
+                "parameters": copy.deepcopy(self.svi.parameters.state_dict()),
+            }
+
+    def _valid_elbo(self) -> float:
+        """The validation bound, with the same noise after every epoch; nats per datum."""
+        assert self.valid is not None
+        total = 0.0
+        device = self.valid[0].device
+        with at_rest(self.svi.model, self.svi.guide), seeded(self.seed, 2, device=device):
+            for start in range(0, len(self.valid[0]), VALIDATION_BATCH):
+                batch = tuple(t[start : start + VALIDATION_BATCH] for t in self.valid)
+                terms = self.svi.evaluate(*batch)
+                bound = -(terms.distortion + terms.rate)
+                # A loss of the user's hides its parts: then the bound is minus that loss.
+                total += (-terms.loss if bound.isnan() else bound).item()
+        return total / len(self.valid[0])
+
+    def _raise_diverged(self) -> None:
+        """Return to the epoch's start, find the bad step again, and name what broke."""
+        assert self._good is not None
+        good, epoch = self._good, self.epoch + 1
+        self.load_state_dict(copy.deepcopy(good))
+        order = self._order().to(self.train[0].device)
+        last = self.steps_per_epoch
+        blamed = "the loss itself"
+        while self.step < last:
+            rows = order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
+            batch = self._batch(rows)
+            self.step += 1
+            random_state = torch.get_rng_state()
+            with kl_weight(self.weight(epoch)):
+                loss = self.svi.evaluate(*batch).loss
+                torch.set_rng_state(random_state)
+                if not loss.isfinite():
+                    blamed = self._blame(batch)
+                    break
+                self.svi.update(*batch)
+        step = self.step
+        self.load_state_dict(good)
+        raise DivergedError(
+            f"the loss turned NaN or infinite in epoch {epoch}, step {step}: {blamed}. The pair is "
+            f"back at the end of epoch {epoch - 1}. Try a smaller learning rate, max_grad_norm=, "
+            "or a larger min_scale in the family."
+        )
+
+    def _blame(self, batch: tuple[Tensor, ...]) -> str:
+        """The first site that is not finite, or the first parameter that was not before."""
+        try:
+            with torch.no_grad():
+                site = site_to_blame(*traces(self.svi.model, self.svi.guide, batch, {}))
+        except ValueError as error:  # Pyro's validation names the distribution and its parameter
+            site = str(error).splitlines()[0]
+        broken = [n for n, p in self.svi.parameters.named.items() if not p.isfinite().all()]
+        after = f" (parameter {broken[0]!r} was not finite any more)" if broken else ""
+        return f"{site or 'the loss itself'}{after}"

@@ -1,0 +1,1 @@
+"""Runs: training, evaluation and pictures that live in a folder."""

@@ -1,0 +1,150 @@
+"""Judge a run: the log-evidence of its held-out data, kept in its folder."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.context import seeded
+from pyro_vae.data import Kind, Split, restore
+from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.importance import log_evidence
+from pyro_vae.inference.handlers import Program
+from pyro_vae.runs.device import resolve_device
+from pyro_vae.runs.directory import Run, versions
+from pyro_vae.runs.load import load
+from pyro_vae.runs.pictures import draw_evidence
+from pyro_vae.runs.progress import Progress
+from pyro_vae.runs.report import write_report
+
+__all__ = ["evaluate_run"]
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    num_particles: int = 5000,
+    part: str = "test",
+    limit: int | None = None,
+    data: Split | Tensor | Sequence[Tensor] | None = None,
+    model: Program | None = None,
+    guide: Program | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> Estimate:
+    """Estimate the log-evidence of a run's held-out data, and keep it in the run.
+
+    Writes ``evidence.json`` (the summary), ``evidence.npz`` (per datum), ``evidence.png``, and the
+    report anew.
+
+    Args:
+        run: The run directory.
+        num_particles: Number of importance weights K per datum.
+        part: "test", "valid" or "train".
+        limit: Judge so many data, spread evenly over the part; all by default.
+        data: The data, where the run can't load them again: a ``Split``, or the tensors to judge.
+        model: For a pair with parts of your own, as in ``load``.
+        guide: Likewise.
+        seed: Seed of the particles.
+        device: "auto", "cpu", "cuda"...
+        progress: Show a bar on a terminal, lines elsewhere (on standard error).
+
+    Returns:
+        The estimate, in nats per datum of the prepared data. For dequantized levels the summary
+        adds the Jacobian, so that ``log_evidence`` there bounds log P(levels).
+
+    Raises:
+        FileNotFoundError: The directory holds no run, or the data's files are gone.
+        ValueError: The data have changed or don't fit the pair; or what ``load`` and
+            ``log_evidence`` say.
+    """
+    folder = Run.open(run)
+    config = folder.config
+    if data is None:
+        data = restore(config["data"])
+    pair = load(run, model=model, guide=guide)
+    target = resolve_device(device, *pair)
+    for program in pair:
+        if isinstance(program, nn.Module):
+            program.to(target)
+    args = tuple(a.to(target) for a in _rows(data, part, limit, seed))
+    total = len(args[0]) * num_particles
+    bar = Progress(total, what="weight", label=f"judging {len(args[0])} data", shown=progress)
+    started = time.perf_counter()
+    try:
+        estimate = log_evidence(
+            *pair, *args, num_particles=num_particles, seed=seed, progress=bar.advance
+        )
+    finally:
+        bar.close()
+    summary = {
+        "part": part,
+        "num_data": len(args[0]),
+        **_figures(estimate, data),
+        "num_particles": num_particles,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "device": str(target),
+        "preparation": config["data"].get("preparation", []),
+        "versions": versions(),
+    }
+    arrays = {key: getattr(estimate, key) for key in ("value", "standard_error", "ess", "elbo")}
+    folder.write_arrays("evidence.npz", **{k: v.cpu().numpy() for k, v in arrays.items()})
+    folder.write_json("evidence.json", summary)
+    draw_evidence(folder, estimate.value.cpu() + _log_jacobian(data), summary)
+    write_report(folder.path)
+    return estimate
+
+
+def _rows(
+    data: Split | Tensor | Sequence[Tensor], part: str, limit: int | None, seed: int
+) -> tuple[Tensor, ...]:
+    if isinstance(data, Split):
+        if part not in ("train", "valid", "test"):
+            raise ValueError(f"part: expected 'train', 'valid' or 'test', got {part!r}.")
+        values = getattr(data, part)
+        if part == "train" and data.refresh is not None:
+            with seeded(seed, 3):
+                values = data.refresh(values)
+        tensors = (values,)
+    else:
+        tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+    if limit is None or limit >= len(tensors[0]):
+        return tensors
+    if limit < 1:
+        raise ValueError(f"limit: expected at least 1 datum, got {limit}.")
+    # Evenly spread, not the first ones: test images may be sorted by class.
+    rows = torch.linspace(0, len(tensors[0]) - 1, limit).round().long()
+    return tuple(t[rows] for t in tensors)
+
+
+def _log_jacobian(data: Any) -> float:
+    return data.log_jacobian if isinstance(data, Split) else 0.0
+
+
+def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
+    """The figures of ``evidence.json``; every nat in it is per datum."""
+    jacobian = _log_jacobian(data)
+    log_evidence_ = estimate.mean + jacobian
+    figures = {
+        "quantity": "log p(x)",
+        "log_evidence": log_evidence_,
+        "mean_standard_error": estimate.mean_standard_error,
+        "sampling_error": estimate.sampling_error,
+        "elbo": estimate.elbo.mean().item() + jacobian,
+        "ess_median": estimate.ess.median().item(),
+        "ess_min": estimate.ess.min().item(),
+    }
+    if isinstance(data, Split):
+        if not data.is_density:
+            figures["quantity"] = "score"
+        elif jacobian:
+            figures["quantity"] = "bound on log P(x)"
+        if data.is_density and (data.kind is Kind.LEVELS or jacobian):
+            figures["bits_per_dim"] = -log_evidence_ / (data.dim * math.log(2))
+    return figures

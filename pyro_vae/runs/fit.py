@@ -1,0 +1,275 @@
+"""Fit a pair to data: the training loop with its device, run directory, stopping and resuming."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vae.context import seeded
+from pyro_vae.data import Split
+from pyro_vae.inference.handlers import Program
+from pyro_vae.inference.loop import Loop, Record
+from pyro_vae.inference.svi import SVI, OptimizerFactory
+from pyro_vae.runs.config import Data, write_config, write_examples
+from pyro_vae.runs.device import resolve_device
+from pyro_vae.runs.directory import Run
+from pyro_vae.runs.pictures import draw_run
+from pyro_vae.runs.training import train as train_loop
+
+__all__ = ["History", "fit"]
+
+
+@dataclass
+class History:
+    """What a training did.
+
+    Attributes:
+        records: One dict an epoch, with ``epoch``, ``elbo``, ``valid_elbo``, ``distortion``,
+            ``rate`` (nats per datum, without the KL weight), ``loss`` (with it), ``kl_weight``,
+            ``learning_rate`` and ``seconds``; NaN where something is unknown.
+        best_epoch: The epoch of the best validation bound, whose parameters the pair has now;
+            None without validation data.
+        stopped: Why training ended: "epochs", "patience" or "callback".
+        run: The run directory, if any.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    best_epoch: int | None = None
+    stopped: str = "epochs"
+    run: Path | None = None
+
+    def __getitem__(self, key: str) -> list[Any]:
+        """One column of the records, e.g. ``history["valid_elbo"]``."""
+        return [record[key] for record in self.records]
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    valid: Tensor | Sequence[Tensor] | None = None,
+    loss: Any = None,
+    optimizer: OptimizerFactory | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    seed: int = 0,
+    lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    kl_weight: float | Callable[[int], float] = 1.0,
+    max_grad_norm: float | None = None,
+    patience: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str | torch.device = "auto",
+    callbacks: Sequence[Callable[[Record], object]] = (),
+    progress: bool = True,
+) -> History:
+    """Train a model and a guide by stochastic variational inference.
+
+    With validation data the pair ends up with the parameters of its best validation bound. With
+    ``out=`` everything is kept in a run directory, from which ``resume=True`` goes on bit for bit
+    (on a CPU) as if training had never stopped. Ctrl-C finishes the step, saves, and says how to
+    go on.
+
+    Args:
+        model: A Pyro model.
+        guide: Its guide, with latent sites of the same names.
+        data: A ``Split``; or training data ``(N, ...)``; or a tuple of such tensors, for pairs of
+            several arguments.
+        valid: Validation data like ``data``, where that is no ``Split``.
+        loss: ``Trace_ELBO()`` (the default), ``TraceMeanField_ELBO()``, any other Pyro loss, or a
+            function of ``(model, guide, *args)``. The gradient is that of the sum over a
+            minibatch, as in Pyro.
+        optimizer: Makes the optimizer from the list of parameters; Adam with a learning rate of
+            1e-3 by default.
+        epochs: Number of passes over the training data, in all: a resumed run counts on.
+        batch_size: Data per step.
+        seed: Seed of the order of the data, of all noise, and of the validation noise.
+        lr_schedule: Makes a learning-rate schedule from the optimizer; stepped once an epoch.
+        kl_weight: Weight of the latent terms, or a function from the epoch (1, 2, ...) to it,
+            such as ``warmup(100)``. Logged bounds are unweighted.
+        max_grad_norm: Clip the norm of the gradient of the summed loss.
+        patience: Stop after so many epochs without a better validation bound, once the KL weight
+            has reached its last value.
+        out: The run directory to make.
+        resume: Go on with the run in ``out``; the pair, the data and the options have to be those
+            with which it was started (``epochs`` may grow).
+        device: "auto" (a GPU where there is one and both programs are modules), "cpu", "cuda"...
+        callbacks: Called with the record of each epoch; one that returns True stops training.
+        progress: Show a bar on a terminal, lines elsewhere (on standard error).
+
+    Returns:
+        The history.
+
+    Raises:
+        ValueError: Something about the arguments or the data; the message says what to do.
+        DivergedError: The loss turned NaN; names the site. The pair and the checkpoint are those
+            of the last good epoch.
+        OSError: The run directory can't be written.
+        KeyboardInterrupt: After Ctrl-C, when all is saved.
+
+    Example:
+        >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
+        >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
+        >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
+        >>> bits = torch.rand(100, 9).round()
+        >>> history = pv.fit(model, guide, bits, epochs=3, batch_size=50, progress=False)
+        >>> len(history["elbo"])
+        3
+    """
+    _check_options(epochs, batch_size, patience, optimizer, resume=resume, out=out)
+    train = _as_tuple(data.train if isinstance(data, Split) else data, "data")
+    held_out = data.valid if isinstance(data, Split) else valid
+    validation = None if held_out is None else _as_tuple(held_out, "valid")
+    if patience is not None and validation is None:
+        raise ValueError("patience: early stopping needs validation data; give valid=.")
+    if batch_size > len(train[0]):
+        raise ValueError(
+            f"batch_size: {batch_size} is larger than the training set of {len(train[0])} data; "
+            f"give at most {len(train[0])}."
+        )
+    target = resolve_device(device, model, guide)
+    for program in (model, guide):
+        if isinstance(program, nn.Module):
+            program.to(target)
+    train = tuple(t.to(target) for t in train)
+    validation = None if validation is None else tuple(t.to(target) for t in validation)
+    weight = kl_weight if callable(kl_weight) else lambda epoch: float(kl_weight)
+    run = None if out is None else (Run.open(out) if resume else Run.create(out))
+
+    svi = SVI(
+        model,
+        guide,
+        optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3)),
+        loss=Trace_ELBO() if loss is None else loss,
+        max_grad_norm=max_grad_norm,
+    )
+    with seeded(seed, 0, device=target):
+        refresh = data.refresh if isinstance(data, Split) else None
+        first = tuple(t[:batch_size] for t in train)
+        if refresh is not None:
+            first = (refresh(first[0]), *first[1:])
+        with _density_checks(data):
+            svi.setup(*first)
+        if isinstance(data, Split):
+            _check_likelihood(svi, data)
+        loop = Loop(
+            svi,
+            train,
+            validation,
+            batch_size=batch_size,
+            seed=seed,
+            refresh=refresh,
+            weight=weight,
+            scheduler=None if lr_schedule is None else lr_schedule(svi.optimizer),  # type: ignore[arg-type]
+        )
+        if run is not None and resume:
+            loop.load_state_dict(run.load_checkpoint(target))
+        elif run is not None:
+            options = {
+                "loss": _name(svi.objective if loss is None else loss),
+                "optimizer": repr(svi.optimizer),
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "seed": seed,
+                "lr_schedule": None if loop.scheduler is None else _name(loop.scheduler),
+                "kl_weight": [weight(epoch) for epoch in range(1, epochs + 1)],
+                "max_grad_norm": max_grad_norm,
+                "patience": patience,
+                "device": str(target),
+            }
+            write_config(run, model, guide, data, svi, options)
+            write_examples(run, data, train, validation)
+        stopped = train_loop(loop, run, epochs, patience, callbacks, shown=progress)
+        loop.restore_best()
+    history = History(
+        records=[dict(record) for record in loop.records],
+        best_epoch=None if loop.best is None else loop.best["epoch"],
+        stopped=stopped,
+        run=None if run is None else run.path,
+    )
+    if run is not None:
+        draw_run(run, model, guide)
+    return history
+
+
+def _check_options(
+    epochs: int,
+    batch_size: int,
+    patience: int | None,
+    optimizer: Any,
+    *,
+    resume: bool,
+    out: str | Path | None,
+) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}.")
+    if resume and out is None:
+        raise ValueError("resume: say with out= which run directory to go on with.")
+    if isinstance(optimizer, Optimizer | PyroOptim) or not (
+        optimizer is None or callable(optimizer)
+    ):
+        raise TypeError(
+            "optimizer: fit expects a factory such as lambda params: torch.optim.Adam(params, "
+            f"lr=1e-3), got {type(optimizer).__name__}; pv.SVI takes optimizers of every kind."
+        )
+
+
+def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
+    tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+    for i, tensor in enumerate(tensors):
+        which = name if len(tensors) == 1 else f"{name}[{i}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{which}: expected a tensor, got {type(tensor).__name__}; load_data makes a Split "
+                "of arrays and files."
+            )
+        if tensor.dim() == 0 or len(tensor) == 0:
+            raise ValueError(f"{which}: expected at least one datum, got {tuple(tensor.shape)}.")
+        if len(tensor) != len(tensors[0]):
+            raise ValueError(
+                f"{which}: expected {len(tensors[0])} rows as in {name}[0], got {len(tensor)}."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = (
+                int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
+            )
+            raise ValueError(
+                f"{which}: {int((~tensor.isfinite()).sum())} values are NaN or infinite, the first "
+                f"in row {bad}; remove those rows, or mask them in the model."
+            )
+    return tensors
+
+
+@contextmanager
+def _density_checks(data: Data) -> Iterator[None]:
+    """Values declared to be no data of a density are not held against a support."""
+    if isinstance(data, Split) and not data.is_density:
+        with pyro.validation_enabled(is_validate=False):
+            yield
+    else:
+        yield
+
+
+def _check_likelihood(svi: SVI, data: Split) -> None:
+    structure = getattr(svi.objective, "structure", None)
+    if structure is None:
+        return
+    for name in structure.observed:
+        site = structure.model_trace.nodes[name]
+        if site["value"].shape[-1:] == data.train.shape[-1:] and site["mask"] is None:
+            data.check_likelihood(site["fn"], name)
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)

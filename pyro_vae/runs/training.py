@@ -1,0 +1,142 @@
+"""Training that stops when it should, saves what it has, and survives Ctrl-C and full disks."""
+
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vae.inference.loop import Loop, Record
+from pyro_vae.runs.directory import Run
+from pyro_vae.runs.progress import Progress
+
+__all__ = ["train"]
+
+
+def train(
+    loop: Loop,
+    run: Run | None,
+    epochs: int,
+    patience: int | None,
+    callbacks: Sequence[Callable[[Record], object]],
+    *,
+    shown: bool,
+) -> str:
+    """Run epochs until the end, a callback or patience stops them; returns which."""
+    saver = _Saver(loop, run)
+    total, done = epochs * loop.steps_per_epoch, loop.epoch * loop.steps_per_epoch + loop.step
+    bar = Progress(total, what="step", label="training", shown=shown, done=done)
+    try:
+        with _interruptible() as interrupted:
+
+            def after_step(loss: Tensor) -> bool:
+                bar.advance()
+                if bar.due():
+                    bar.show([f"epoch {loop.epoch + 1}/{epochs}", f"loss {loss.item():.2f}"])
+                return interrupted.is_set()
+
+            # A run that had stopped for good before it was resumed stays as it was.
+            reason = _reason_to_stop(loop, epochs, patience)
+            while reason is None:
+                if not loop.run_epoch(after_step):
+                    break
+                record = loop.records[-1]
+                bar.line(_line(record, epochs))
+                # Every callback is called, also after one that asks to stop.
+                stop = any([callback(dict(record)) is True for callback in callbacks])
+                reason = "callback" if stop else _reason_to_stop(loop, epochs, patience)
+                saver.save(final=reason is not None)
+                if interrupted.is_set():
+                    break
+            if reason is None:
+                raise _interruption(saver, run)
+            return reason
+    finally:
+        bar.close()
+
+
+def _reason_to_stop(loop: Loop, epochs: int, patience: int | None) -> str | None:
+    if loop.epoch >= epochs:
+        return "epochs"
+    if patience is not None and loop.best is not None:
+        warm = loop.weight(max(loop.epoch, 1)) == loop.weight(epochs)
+        if warm and loop.epoch - loop.best["epoch"] >= patience:
+            return "patience"
+    return None
+
+
+class _Saver:
+    """Writes metrics after every epoch, and the checkpoint as often as that costs little time."""
+
+    def __init__(self, loop: Loop, run: Run | None) -> None:
+        self.loop = loop
+        self.run = run
+        self._cost = 0.0
+        self._saved_at = -math.inf
+
+    def save(self, *, final: bool) -> None:
+        if self.run is None:
+            return
+        started = time.monotonic()
+        due = started - self._saved_at >= 20 * self._cost
+        try:
+            self.run.write_metrics(self.loop.records)
+            if due or final:
+                self.run.save_checkpoint(self.loop.state_dict())
+        except OSError as error:
+            if final:
+                raise
+            # The pair is in memory and the last good files are whole: try again at the next epoch.
+            warnings.warn(f"{error} Training goes on.", UserWarning, stacklevel=3)
+        else:
+            if due or final:
+                self._saved_at = time.monotonic()
+                self._cost = self._saved_at - started
+
+
+def _interruption(saver: _Saver, run: Run | None) -> KeyboardInterrupt:
+    loop = saver.loop
+    where = f"stopped in epoch {loop.epoch + 1}, after step {loop.step} of {loop.steps_per_epoch}"
+    if run is None:
+        return KeyboardInterrupt(f"{where}; nothing is saved without out=, the pair is as it is")
+    saver.save(final=True)
+    return KeyboardInterrupt(
+        f"{where}; saved in {run.path}. Go on with resume=True (pyro-vae train --resume {run.path})"
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C only ask for a stop, so that no step is cut in two; the second stops."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _line(record: Record, epochs: int) -> str:
+    valid = record["valid_elbo"]
+    judged = "" if math.isnan(valid) else f"  valid ELBO {valid:.3f}"
+    trained = (
+        f"loss {record['loss']:.3f}" if math.isnan(record["elbo"]) else f"ELBO {record['elbo']:.3f}"
+    )
+    parts = "" if math.isnan(record["rate"]) else f"  rate {record['rate']:.2f}"
+    return (
+        f"epoch {record['epoch']:>4}/{epochs}  {trained}{judged}{parts}  {record['seconds']:.1f} s"
+    )
