@@ -91,8 +91,8 @@ def main() -> None:
             "model": f"N(0, I) prior in {args.latent_dim} dimensions, gated layers "
             f"{args.hidden_dims} on each side, Bernoulli likelihood, diagonal normal guide",
             "training": f"analytic KL, one particle, batch {args.batch_size}, Adam, learning rate "
-            f"{args.learning_rate} with cosine schedule over {args.epochs} epochs, KL weight warmed "
-            f"up over {args.warmup} epochs, parameters of the best validation bound",
+            f"{args.learning_rate} with cosine schedule over {args.epochs} epochs, KL weight "
+            f"warmed up over {args.warmup} epochs, parameters of the best validation bound",
             "evaluation": f"importance weighting with the guide, {args.num_particles} particles "
             f"per datum, whole test set of {len(data.test)} images",
         },

@@ -149,7 +149,8 @@ def _check_observed(name: str, site: Site) -> None:
             f"site {name!r}: {int((~inside).sum())} of {inside.numel()} observed values lie "
             f"outside the support {fn.support} of {_kind(fn)}; they range from "
             f"{value.min().item():g} to {value.max().item():g}. Use a likelihood that is a density "
-            "for such data, or prepare the data (binarize, dequantize)."
+            "for such data, or prepare the data (binarize, dequantize). Under "
+            "pyro.validation_enabled(False) they are scored all the same, but not by log p(x)."
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -92,9 +91,7 @@ class Guide(PyroModule):
             return pyro.sample("z", self.encoder(x, *context))
 
 
-def encode(
-    guide: Program, *args: Any, seed: int = 0
-) -> TorchDistribution | dict[str, TorchDistribution]:
+def encode(guide: Program, *args: Any, seed: int = 0) -> Any:
     """The posterior approximation q(z|x) of any guide.
 
     Args:
@@ -116,9 +113,7 @@ def encode(
     return _only("guide", {name: site["fn"] for name, site in _latents(trace)})
 
 
-def decode(
-    model: Program, z: Tensor | dict[str, Tensor], *args: Any
-) -> TorchDistribution | dict[str, TorchDistribution]:
+def decode(model: Program, z: Tensor | dict[str, Tensor], *args: Any) -> Any:
     """The likelihood p(x|z) of any model at given latents.
 
     Args:
@@ -165,7 +160,7 @@ def reconstruct(
     *args: Any,
     draw: bool = False,
     seed: int = 0,
-) -> Tensor | dict[str, Tensor]:
+) -> Any:
     """Encode data, and decode one draw from q(z|x).
 
     Args:
@@ -195,9 +190,7 @@ def reconstruct(
     return _only("model", _values(trace, draw=draw))
 
 
-def generate(
-    model: Program, *args: Any, draw: bool = False, seed: int = 0
-) -> Tensor | dict[str, Tensor]:
+def generate(model: Program, *args: Any, draw: bool = False, seed: int = 0) -> Any:
     """Generate data: latents from the prior, then the mean of p(x|z) or a draw from it.
 
     Args:

@@ -22,7 +22,13 @@ Data = Split | Tensor | Sequence[Tensor]
 
 
 def write_config(
-    run: Run, model: Program, guide: Program, data: Data, svi: SVI, options: dict[str, Any]
+    run: Run,
+    model: Program,
+    guide: Program,
+    data: Data,
+    svi: SVI,
+    options: dict[str, Any],
+    notes: dict[str, Any],
 ) -> None:
     """Write ``config.json``: data, pair, options and versions."""
     if isinstance(data, Split):
@@ -43,6 +49,7 @@ def write_config(
             "pair": pair,
             "parameters": sum(p.numel() for p in svi.parameters.named.values()),
             "options": options,
+            "notes": notes,
             "versions": versions(),
         },
     )

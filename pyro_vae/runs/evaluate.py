@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from pyro_vae.runs.progress import Progress
 from pyro_vae.runs.report import write_report
 
 __all__ = ["evaluate_run"]
+
+PARTS = ("train", "valid", "test")
 
 
 def evaluate_run(
@@ -45,7 +48,7 @@ def evaluate_run(
     Args:
         run: The run directory.
         num_particles: Number of importance weights K per datum.
-        part: "test", "valid" or "train".
+        part: "test", "valid", "train", or "all" of a ``Split``.
         limit: Judge so many data, spread evenly over the part; all by default.
         data: The data, where the run can't load them again: a ``Split``, or the tensors to judge.
         model: For a pair with parts of your own, as in ``load``.
@@ -77,9 +80,12 @@ def evaluate_run(
     bar = Progress(total, what="weight", label=f"judging {len(args[0])} data", shown=progress)
     started = time.perf_counter()
     try:
-        estimate = log_evidence(
-            *pair, *args, num_particles=num_particles, seed=seed, progress=bar.advance
-        )
+        # Scores are of values outside the support: that was declared when the data were prepared.
+        density = not isinstance(data, Split) or data.is_density
+        with pyro.validation_enabled(is_validate=density):
+            estimate = log_evidence(
+                *pair, *args, num_particles=num_particles, seed=seed, progress=bar.advance
+            )
     finally:
         bar.close()
     summary = {
@@ -105,13 +111,13 @@ def _rows(
     data: Split | Tensor | Sequence[Tensor], part: str, limit: int | None, seed: int
 ) -> tuple[Tensor, ...]:
     if isinstance(data, Split):
-        if part not in ("train", "valid", "test"):
-            raise ValueError(f"part: expected 'train', 'valid' or 'test', got {part!r}.")
-        values = getattr(data, part)
-        if part == "train" and data.refresh is not None:
+        if part not in (*PARTS, "all"):
+            raise ValueError(f"part: expected one of {', '.join(PARTS)}, all; got {part!r}.")
+        values = {name: getattr(data, name) for name in (PARTS if part == "all" else (part,))}
+        if "train" in values and data.refresh is not None:
             with seeded(seed, 3):
-                values = data.refresh(values)
-        tensors = (values,)
+                values["train"] = data.refresh(values["train"])
+        tensors = (torch.cat(list(values.values())),)
     else:
         tensors = (data,) if isinstance(data, Tensor) else tuple(data)
     if limit is None or limit >= len(tensors[0]):

@@ -1,7 +1,6 @@
 """Fit a pair to data: the training loop with its device, run directory, stopping and resuming."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,7 @@ def fit(
     resume: bool = False,
     device: str | torch.device = "auto",
     callbacks: Sequence[Callable[[Record], object]] = (),
+    notes: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> History:
     """Train a model and a guide by stochastic variational inference.
@@ -105,6 +105,8 @@ def fit(
             with which it was started (``epochs`` may grow).
         device: "auto" (a GPU where there is one and both programs are modules), "cpu", "cuda"...
         callbacks: Called with the record of each epoch; one that returns True stops training.
+        notes: Kept in ``config.json`` under "notes" as they are: what you want to know of the run
+            later; JSON values.
         progress: Show a bar on a terminal, lines elsewhere (on standard error).
 
     Returns:
@@ -158,10 +160,7 @@ def fit(
         first = tuple(t[:batch_size] for t in train)
         if refresh is not None:
             first = (refresh(first[0]), *first[1:])
-        with _density_checks(data):
-            svi.setup(*first)
-        if isinstance(data, Split):
-            _check_likelihood(svi, data)
+        _set_up(svi, data, first)
         loop = Loop(
             svi,
             train,
@@ -187,9 +186,10 @@ def fit(
                 "patience": patience,
                 "device": str(target),
             }
-            write_config(run, model, guide, data, svi, options)
+            write_config(run, model, guide, data, svi, options, dict(notes or {}))
             write_examples(run, data, train, validation)
-        stopped = train_loop(loop, run, epochs, patience, callbacks, shown=progress)
+        bound = "ELBO" if not isinstance(data, Split) or data.is_density else "score"
+        stopped = train_loop(loop, run, epochs, patience, callbacks, bound=bound, shown=progress)
         loop.restore_best()
     history = History(
         records=[dict(record) for record in loop.records],
@@ -251,14 +251,21 @@ def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
     return tensors
 
 
-@contextmanager
-def _density_checks(data: Data) -> Iterator[None]:
-    """Values declared to be no data of a density are not held against a support."""
-    if isinstance(data, Split) and not data.is_density:
+def _set_up(svi: SVI, data: Data, batch: tuple[Tensor, ...]) -> None:
+    """Inspect the pair on a first minibatch, and hold its likelihood against the data."""
+    if not isinstance(data, Split):
+        svi.setup(*batch)
+        return
+    try:
+        with pyro.validation_enabled(is_validate=data.is_density):
+            svi.setup(*batch)
+    except ValueError:
+        # The data know better than the site which likelihoods would do: let them speak first.
         with pyro.validation_enabled(is_validate=False):
-            yield
-    else:
-        yield
+            svi.setup(*batch)
+        _check_likelihood(svi, data)
+        raise
+    _check_likelihood(svi, data)
 
 
 def _check_likelihood(svi: SVI, data: Split) -> None:

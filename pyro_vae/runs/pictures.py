@@ -171,16 +171,14 @@ def _decoder(model: Program, like: Tensor) -> Callable[[Tensor], np.ndarray]:
     def mean_of(z: Tensor) -> np.ndarray:
         flat = z.reshape(-1, z.shape[-1])
         given = like[torch.zeros(len(flat), dtype=torch.long)]
-        p: Any = decode(model, flat, given)
+        p = decode(model, flat, given)
         return _array(p.mean).reshape(*z.shape[:-1], -1)
 
     return mean_of
 
 
 def _generated(model: Program, like: Tensor) -> Tensor:
-    generated = generate(model, like[torch.zeros(NUM_SAMPLES, dtype=torch.long)])
-    assert isinstance(generated, Tensor)
-    return generated
+    return generate(model, like[torch.zeros(NUM_SAMPLES, dtype=torch.long)])
 
 
 def _has_mean(distribution: Any) -> bool:

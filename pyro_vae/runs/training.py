@@ -25,9 +25,20 @@ def train(
     patience: int | None,
     callbacks: Sequence[Callable[[Record], object]],
     *,
+    bound: str,
     shown: bool,
 ) -> str:
-    """Run epochs until the end, a callback or patience stops them; returns which."""
+    """Run epochs until the end, a callback or patience stops them; returns which.
+
+    Args:
+        loop: The state of training.
+        run: The run directory, or None.
+        epochs: Number of epochs in all.
+        patience: Epochs without a better validation bound, or None.
+        callbacks: Called with each record; one that returns True stops training.
+        bound: What the bound is called in the log: "ELBO", or "score" where it is none.
+        shown: Whether progress is shown.
+    """
     saver = _Saver(loop, run)
     total, done = epochs * loop.steps_per_epoch, loop.epoch * loop.steps_per_epoch + loop.step
     bar = Progress(total, what="step", label="training", shown=shown, done=done)
@@ -46,10 +57,11 @@ def train(
                 if not loop.run_epoch(after_step):
                     break
                 record = loop.records[-1]
-                bar.line(_line(record, epochs))
-                # Every callback is called, also after one that asks to stop.
-                stop = any([callback(dict(record)) is True for callback in callbacks])
-                reason = "callback" if stop else _reason_to_stop(loop, epochs, patience)
+                bar.line(_line(record, epochs, bound))
+                asked_to_stop = False
+                for callback in callbacks:
+                    asked_to_stop |= callback(dict(record)) is True
+                reason = "callback" if asked_to_stop else _reason_to_stop(loop, epochs, patience)
                 saver.save(final=reason is not None)
                 if interrupted.is_set():
                     break
@@ -130,13 +142,11 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _line(record: Record, epochs: int) -> str:
-    valid = record["valid_elbo"]
-    judged = "" if math.isnan(valid) else f"  valid ELBO {valid:.3f}"
-    trained = (
-        f"loss {record['loss']:.3f}" if math.isnan(record["elbo"]) else f"ELBO {record['elbo']:.3f}"
-    )
-    parts = "" if math.isnan(record["rate"]) else f"  rate {record['rate']:.2f}"
-    return (
-        f"epoch {record['epoch']:>4}/{epochs}  {trained}{judged}{parts}  {record['seconds']:.1f} s"
-    )
+def _line(record: Record, epochs: int, bound: str) -> str:
+    known = not math.isnan(record["elbo"])
+    parts = [f"{bound} {record['elbo']:.3f}" if known else f"loss {record['loss']:.3f}"]
+    if not math.isnan(record["valid_elbo"]):
+        parts.append(f"valid {bound} {record['valid_elbo']:.3f}")
+    if known:
+        parts.append(f"rate {record['rate']:.2f}")
+    return f"epoch {record['epoch']:>4}/{epochs}  {'  '.join(parts)}  {record['seconds']:.1f} s"

@@ -1,0 +1,339 @@
+"""The command line: train, evaluate, sample and report, for the common case.
+
+This is the one place where names select pieces; in the library the pieces are passed themselves.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.data import Kind
+from pyro_vae.inference.loop import DivergedError
+from pyro_vae.runs import plots
+from pyro_vae.runs.directory import Run
+from pyro_vae.runs.pictures import draw_run
+
+__all__ = ["main"]
+
+ACTIVATIONS = {"softplus": nn.Softplus, "relu": nn.ReLU, "tanh": nn.Tanh}
+LIKELIHOODS = (
+    "bernoulli",
+    "binomial",
+    "categorical",
+    "normal",
+    "fixed_normal",
+    "laplace",
+    "fixed_laplace",
+)
+OF_KIND = {
+    Kind.BINARY: "bernoulli",
+    Kind.LEVELS: "binomial",
+    Kind.UNIT_INTERVAL: "normal",
+    Kind.REAL: "normal",
+}
+EPOCHS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The words after ``pyro-vae``; those of the process by default.
+
+    Returns:
+        The exit status: 0; 1 where training diverged; 2 for a user's mistake; 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        args.run_command(args)
+    except KeyboardInterrupt as stop:
+        print(f"\npyro-vae: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, DivergedError) as error:
+        if args.traceback:
+            raise
+        print(f"pyro-vae: error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(f"  {note}", file=sys.stderr)
+        return 1 if isinstance(error, DivergedError) else 2
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.resume is not None:
+        options = Run.open(args.resume).config.get("notes", {}).get("command")
+        if options is None:
+            raise ValueError(
+                f"--resume: the run in {args.resume} was not started by pyro-vae train; go on with "
+                "it in Python by fit(..., resume=True)."
+            )
+        epochs = args.epochs or options["epochs"]
+        args = argparse.Namespace(
+            **{**options, "epochs": epochs, "out": args.resume, "resume": True}
+        )
+    elif args.data is None or args.out is None:
+        raise ValueError("train: give --data and --out, or --resume RUN.")
+    args.epochs = args.epochs or EPOCHS
+    data = _prepared(pv.load_data(args.data, root=args.root), args)
+    print(data.summary())
+    torch.manual_seed(args.seed)
+    model, guide = _pair(data, args)
+    loss = TraceMeanField_ELBO if args.analytic_kl else Trace_ELBO
+    command = {k: v for k, v in vars(args).items() if k not in ("run_command", "resume", "out")}
+    if command["root"] is not None:
+        command["root"] = str(Path(command["root"]).expanduser().resolve())
+    if Path(args.data).suffix in (".npy", ".npz"):
+        command["data"] = str(Path(args.data).expanduser().resolve())
+    warm = pv.warmup(args.warmup) if args.warmup else lambda epoch: 1.0
+    history = pv.fit(
+        model,
+        guide,
+        data,
+        loss=loss(num_particles=args.num_particles, vectorize_particles=True),
+        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
+        lr_schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs)
+        if args.cosine
+        else None,
+        kl_weight=lambda epoch: args.kl_weight * warm(epoch),
+        max_grad_norm=args.max_grad_norm,
+        patience=args.patience,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+        out=args.out,
+        resume=bool(args.resume),
+        notes={"command": command},
+    )
+    name = "ELBO" if data.is_density else "score"
+    best = f"best validation {name} {max(history['valid_elbo']):.3f} nats per datum"
+    print(f"{best}, epoch {history.best_epoch} of {len(history.records)}")
+    print(f"next: pyro-vae evaluate {args.out}; pictures: {Path(args.out) / 'report.html'}")
+
+
+def _prepared(data: pv.Split, args: argparse.Namespace) -> pv.Split:
+    wanted = {
+        "--binarize": args.binarize != "no",
+        "--dequantize": args.dequantize,
+        "--intensities": args.intensities,
+    }
+    if sum(wanted.values()) > 1:
+        raise ValueError(f"choose one of {', '.join(k for k, v in wanted.items() if v)}.")
+    if args.binarize == "threshold":
+        return data.binarize()
+    if args.binarize == "static":
+        return data.binarize_static(seed=args.seed)
+    if args.binarize == "dynamic":
+        return data.binarize_dynamic(seed=args.seed)
+    if args.dequantize:
+        return data.dequantize(seed=args.seed)
+    return data.intensities() if args.intensities else data
+
+
+def _pair(data: pv.Split, args: argparse.Namespace) -> tuple[pv.Model, pv.Guide]:
+    name = args.likelihood
+    if name == "auto":
+        name = OF_KIND[data.kind] if data.is_density else "bernoulli"
+        print(f"likelihood: {name}, picked for {data.kind.value}; choose with --likelihood")
+    parameters, family = _family(name, data, args)
+    latent, dim = args.latent_dim, data.dim
+    activation = ACTIVATIONS[args.activation]
+    if args.network == "conv":
+        if data.image_shape is None:
+            raise ValueError("--network conv: the data are no images; use mlp or gated_mlp.")
+        shape = data.image_shape
+        inward = pv.networks.conv_encoder(shape, (2, latent), activation=activation)
+        outward = pv.networks.conv_decoder(
+            latent, (parameters, dim), image_shape=shape, activation=activation
+        )
+    else:
+        widths = tuple(args.hidden_dims)
+        make: Any = pv.networks.gated_mlp
+        if args.network == "mlp":
+            make = partial(pv.networks.mlp, activation=activation)
+        inward = make(dim, (2, latent), hidden_dims=widths)
+        outward = make(latent, (parameters, dim), hidden_dims=widths[::-1])
+    if data.kind is Kind.LEVELS:
+        inward = pv.networks.rescaled(inward, scale=float(data.num_levels or 2) - 1)
+    elif data.kind is Kind.REAL:
+        spread = float(data.train.std()) or 1.0
+        inward = pv.networks.rescaled(inward, loc=float(data.train.mean()), scale=spread)
+    encoder = pv.Conditional(inward, pv.families.normal)
+    likelihood = pv.Conditional(outward, family)
+    return pv.Model(pv.priors.StandardNormal(latent), likelihood), pv.Guide(encoder)
+
+
+def _family(name: str, data: pv.Split, args: argparse.Namespace) -> tuple[int, Any]:
+    """The likelihood's number of parameters per dimension, and its family."""
+    family = getattr(pv.families, name)
+    if name in ("normal", "laplace"):
+        return 2, partial(family, min_scale=args.min_scale)
+    if name in ("fixed_normal", "fixed_laplace"):
+        return 1, partial(family, scale=args.scale)
+    if name == "bernoulli":
+        return 1, family
+    if data.num_levels is None:
+        raise ValueError(
+            f"--likelihood {name}: the data have {data.kind.value}, no integer levels; use "
+            f"{OF_KIND[data.kind]}."
+        )
+    if name == "binomial":
+        return 1, partial(family, total_count=data.num_levels - 1)
+    return data.num_levels, family
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    run = Run.open(args.run)
+    data = None
+    if args.data is not None:
+        data = pv.load_data(args.data)
+        for step, options in run.config["data"]["steps"]:
+            data = getattr(data, step)(**options)
+    estimate = pv.evaluate_run(
+        args.run,
+        num_particles=args.num_particles,
+        part=args.part,
+        limit=args.limit,
+        data=data,
+        seed=args.seed,
+        device=args.device,
+    )
+    summary = run.read_json("evidence.json")
+    quantity = summary["quantity"]
+    judged = f"{summary['num_data']} data ({summary['part']})"
+    print(f"{quantity} of {judged}, {estimate.num_particles} particles each")
+    print(
+        f"  {summary['log_evidence']:.3f} nats per datum, +- {summary['mean_standard_error']:.3f} "
+        f"(estimator) +- {summary['sampling_error'] or math.nan:.3f} (test set)"
+    )
+    if "bits_per_dim" in summary:
+        print(f"  {summary['bits_per_dim']:.4f} bits per dimension")
+    print(f"  ELBO {summary['elbo']:.3f}")
+    print(f"  ESS median {summary['ess_median']:.1f}, lowest {summary['ess_min']:.1f}")
+    for sentence in summary["preparation"]:
+        print(f"  {sentence}")
+    print(f"figures: {run.path / 'evidence.json'}; pictures: {run.path / 'report.html'}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    run = Run.open(args.run)
+    model, _ = pv.load(args.run)
+    data = pv.generate(model, args.num, draw=args.draw, seed=args.seed)
+    out = Path(args.out) if args.out else run.path / "generated.npy"
+    if out.suffix != ".npy":
+        raise ValueError(f"--out: expected a path that ends in .npy, got {out}.")
+    np.save(out, data.cpu().numpy())
+    shape = run.config["data"].get("image_shape")
+    picture = plots.save(plots.samples(data.cpu(), shape), out.with_suffix(".png"))
+    what = "draws from" if args.draw else "means of"
+    print(f"{args.num} {what} p(x|z) with z from the prior: {out}, {picture}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    run = Run.open(args.run)
+    try:
+        model, guide = pv.load(args.run)
+    except ValueError as error:
+        print(f"pyro-vae: {error} Only the curves are drawn anew.", file=sys.stderr)
+        model = guide = None
+    print(draw_run(run, model, guide))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyro-vae", description=pv.__doc__)
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the whole traceback of an error"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, formatter_class=with_defaults)
+        made.set_defaults(run_command=function)
+        return made
+
+    _add_train_options(command("train", _train, "train a pair and leave a run directory"))
+
+    evaluate = command("evaluate", _evaluate, "estimate the log-evidence of held-out data")
+    evaluate.add_argument("run", metavar="RUN", help="run directory")
+    evaluate.add_argument("--num-particles", type=int, default=5000, help="weights per datum")
+    evaluate.add_argument(
+        "--part", choices=("test", "valid", "train", "all"), default="test", help="data"
+    )
+    evaluate.add_argument("--limit", type=int, help="judge so many data, spread evenly")
+    evaluate.add_argument("--data", help="path of the data, where the run can't load them itself")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the particles")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
+
+    sample = command("sample", _sample, "generate data from the prior")
+    sample.add_argument("run", metavar="RUN", help="run directory")
+    sample.add_argument("--num", type=int, default=64, help="number of data")
+    sample.add_argument("--draw", action="store_true", help="draw from p(x|z), not its mean")
+    sample.add_argument("--seed", type=int, default=0, help="seed")
+    sample.add_argument("--out", help="an .npy file; in the run directory if not given")
+
+    report = command("report", _report, "draw a run's pictures and write its report anew")
+    report.add_argument("run", metavar="RUN", help="run directory")
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        help="digits, mnist, fashion_mnist, binarized_mnist, frey_faces, or an .npy or .npz file",
+    )
+    add("--root", help="folder of the data set's files; downloads go to the user's cache without")
+    add(
+        "--binarize",
+        choices=("no", "threshold", "static", "dynamic"),
+        default="no",
+        help="levels to bits",
+    )
+    add("--dequantize", action="store_true", help="add uniform noise to levels")
+    add("--intensities", action="store_true", help="grey levels as if they were bits: no log p(x)")
+
+    add = parser.add_argument_group("pair").add_argument
+    add("--likelihood", choices=("auto", *LIKELIHOODS), default="auto", help="auto: by the values")
+    add("--scale", type=float, default=1.0, help="scale of fixed_normal and fixed_laplace")
+    add("--min-scale", type=float, default=1e-3, help="least scale of normal and laplace")
+    add("--latent-dim", type=int, default=20, help="number of latent dimensions")
+    add("--network", choices=("mlp", "gated_mlp", "conv"), default="mlp", help="networks")
+    add("--hidden-dims", type=int, nargs="+", default=[400], help="widths of the hidden layers")
+    add("--activation", choices=tuple(ACTIVATIONS), default="softplus", help="of mlp and conv")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help=f"passes over the training data, in all ({EPOCHS} if not given)")
+    add("--batch-size", type=int, default=100, help="data per step")
+    add("--learning-rate", type=float, default=1e-3, help="of Adam")
+    add("--cosine", action="store_true", help="let the learning rate fall to 0 on a cosine")
+    add("--analytic-kl", action=argparse.BooleanOptionalAction, default=True, help="closed-form KL")
+    add("--num-particles", type=int, default=1, help="draws per datum and step")
+    add("--kl-weight", type=float, default=1.0, help="weight of the KL")
+    add("--warmup", type=int, default=0, help="epochs in which the KL weight rises")
+    add("--max-grad-norm", type=float, help="clip the gradient's norm")
+    add("--patience", type=int, help="stop after so many epochs without a better validation bound")
+    add("--seed", type=int, default=0, help="seed of everything")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
+    add("--out", metavar="RUN", help="run directory to make")
+    add("--resume", metavar="RUN", help="go on with a run; only --epochs may be given with it")
+
+
+def _show_warning(message: Any, *_: Any) -> None:
+    print(f"pyro-vae: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
