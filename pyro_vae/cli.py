@@ -139,6 +139,8 @@ def _prepared(data: pv.Split, args: argparse.Namespace) -> pv.Split:
         return data.binarize_dynamic(seed=args.seed)
     if args.dequantize:
         return data.dequantize(seed=args.seed)
+    if data.kind is Kind.REAL and args.standardize:
+        return data.standardize()
     return data.intensities() if args.intensities else data
 
 
@@ -167,9 +169,6 @@ def _pair(data: pv.Split, args: argparse.Namespace) -> tuple[pv.Model, pv.Guide]
         outward = make(latent, (parameters, dim), hidden_dims=widths[::-1])
     if data.kind is Kind.LEVELS:
         inward = pv.networks.rescaled(inward, scale=float(data.num_levels or 2) - 1)
-    elif data.kind is Kind.REAL:
-        spread = float(data.train.std()) or 1.0
-        inward = pv.networks.rescaled(inward, loc=float(data.train.mean()), scale=spread)
     encoder = pv.Conditional(inward, pv.families.normal)
     likelihood = pv.Conditional(outward, family)
     return pv.Model(pv.priors.StandardNormal(latent), likelihood), pv.Guide(encoder)
@@ -303,6 +302,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         help="levels to bits",
     )
     add("--dequantize", action="store_true", help="add uniform noise to levels")
+    add(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="shift and scale real values; figures are of the values as they were",
+    )
     add("--intensities", action="store_true", help="grey levels as if they were bits: no log p(x)")
 
     add = parser.add_argument_group("pair").add_argument

@@ -474,14 +474,19 @@ def test_damaged_files_are_named(tmp_path, form, damage):
 
 
 @pytest.mark.parametrize("method", sets.PREPARATIONS)
-def test_a_description_gives_the_prepared_data_again(method):
-    data = getattr(load_data("digits", seed=2), method)()
+def test_a_description_gives_the_prepared_data_again(method, tmp_path):
+    data = load_data("digits", seed=2)
+    if method == "standardize":
+        path = tmp_path / "real.npy"
+        np.save(path, np.random.default_rng(0).normal(size=(1797, 3)))
+        data = load_data(path)
+    data = getattr(data, method)()
     described = json.loads(json.dumps(data.describe()))
     again = restore(described)
     assert again.describe() == data.describe()
     for part in ("train", "valid", "test"):
         assert getattr(again, part).equal(getattr(data, part))
-    assert described["sizes"] == {"train": 1297, "valid": 250, "test": 250}
+    assert sum(described["sizes"].values()) == 1797
     assert described["steps"][0][0] == method
 
 
@@ -779,3 +784,23 @@ def test_the_real_mnist_and_frey_faces():
     # a face is smooth along its rows: the shape is (28, 20) and not (20, 28)
     tall, wide = faces.train.reshape(-1, 28, 20), faces.train.reshape(-1, 20, 28)
     assert tall.diff(dim=1).abs().mean() < 0.8 * wide.diff(dim=1).abs().mean()
+
+
+def test_standardize_keeps_densities_exact():
+    generator = torch.Generator().manual_seed(0)
+    rows = 5.0 + 3.0 * torch.randn(400, 3, generator=generator)
+    rows[:, 2] = 7.0
+    data = load_data(rows)
+    prepared = data.standardize()
+    assert prepared.train.mean(0).abs().max() < 1e-5
+    assert prepared.train[:, :2].std(0, correction=0).sub(1).abs().max() < 1e-5
+    loc, scale = data.train.double().mean(0), data.train.double().std(0, correction=0)
+    scale[2] = 1.0
+    of_x = torch.distributions.Normal(loc, scale).log_prob(data.test.double()).sum(1)
+    of_y = torch.distributions.Normal(0.0, 1.0).log_prob(prepared.test.double()).sum(1)
+    torch.testing.assert_close(of_y + prepared.log_jacobian, of_x, rtol=0, atol=1e-5)
+
+
+def test_standardize_is_for_real_values_alone():
+    with pytest.raises(ValueError, match="standardize: expected values in \\[0, 1\\] or real"):
+        load_data("digits").standardize()

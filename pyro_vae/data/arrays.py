@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.kinds import Kind, check_finite
-from pyro_vae.data.split import PARTS, Labels, Split
+from pyro_vae.data.kinds import PARTS, Kind, check_finite
+from pyro_vae.data.split import Labels, Split
 
 __all__ = ["Array", "read_arrays", "split_arrays"]
 

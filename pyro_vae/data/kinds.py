@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-__all__ = ["Kind", "check_finite", "check_support", "check_values", "densities", "describe_values"]
+__all__ = [
+    "PARTS",
+    "Kind",
+    "check_finite",
+    "check_part",
+    "check_support",
+    "check_values",
+    "densities",
+    "describe_values",
+]
 
+PARTS = ("train", "valid", "test")
 _CHECKED_AT_ONCE = 2**22  # values, 16 MB
 
 
@@ -59,6 +69,49 @@ def densities(kind: Kind, num_levels: int | None, *, raw: bool = True) -> str:
         )
     continuous = "Use families.normal or families.laplace"
     return f"{continuous}, or {binarized}" if kind is Kind.UNIT_INTERVAL and raw else continuous
+
+
+def check_part(
+    part: str,
+    values: Tensor,
+    *,
+    dim: int,
+    kind: Kind,
+    num_levels: int | None,
+    labels: Tensor | None,
+) -> None:
+    """Refuse a part that is empty, misshapen, not finite, or not of its kind.
+
+    Args:
+        part: "train", "valid" or "test".
+        values: Its values, to be float32 of shape (N, D).
+        dim: D.
+        kind: What the values have to be.
+        num_levels: L of `Kind.LEVELS`.
+        labels: Its labels, to be int64 of shape (N,), or None.
+    """
+    argument = f"data.{part}"
+    if values.ndim != 2 or values.numel() == 0:
+        raise ValueError(
+            f"{argument}: expected shape (N, D) with at least one datum and one dimension, "
+            f"got {tuple(values.shape)}"
+        )
+    if values.dtype != torch.float32 or values.device.type != "cpu":
+        raise ValueError(
+            f"{argument}: expected float32 on the CPU, got {values.dtype} on {values.device}; "
+            "load_data converts"
+        )
+    if values.shape[1] != dim:
+        raise ValueError(
+            f"{argument}: expected {dim} dimensions as in data.train, got {values.shape[1]}"
+        )
+    check_finite(argument, values)
+    check_values(argument, values, kind, num_levels)
+    if labels is not None and (labels.shape != values.shape[:1] or labels.dtype != torch.int64):
+        raise ValueError(
+            f"labels.{part}: expected int64 of shape ({len(values)},), one for each datum, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+        )
 
 
 def check_finite(argument: str, values: Tensor) -> None:

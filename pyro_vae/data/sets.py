@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pyro_vae.data.arrays import Array, read_arrays, split_arrays
 from pyro_vae.data.bits import cache_directory, packed_bits
-from pyro_vae.data.kinds import Kind
-from pyro_vae.data.split import PARTS, PREPARATIONS, Labels, Split
+from pyro_vae.data.kinds import PARTS, Kind
+from pyro_vae.data.preparation import PREPARATIONS
+from pyro_vae.data.split import Labels, Split
 
 __all__ = ["load_data", "restore"]
 

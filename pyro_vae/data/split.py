@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +19,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_vae.data.kinds import (
+    PARTS,
     Kind,
-    check_finite,
+    check_part,
     check_support,
-    check_values,
     densities,
     describe_values,
 )
-from pyro_vae.data.noise import fixed_bernoulli, fixed_in_cell, fresh_in_cell
+from pyro_vae.data.preparation import Preparable
 
-__all__ = ["PARTS", "PREPARATIONS", "Kind", "Labels", "Split"]
-
-PARTS = ("train", "valid", "test")
-PREPARATIONS = ("binarize", "binarize_static", "binarize_dynamic", "dequantize", "intensities")
+__all__ = ["Labels", "Split"]
 
 
 class Labels(NamedTuple):
@@ -43,7 +40,7 @@ class Labels(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Split:
+class Split(Preparable):
     """Training, validation and test data, the kind of their values and their history.
 
     Attributes:
@@ -101,7 +98,15 @@ class Split:
                 f"other kind, got {self.num_levels} for {self.kind}"
             )
         for part in PARTS:
-            self._check_part(part, getattr(self, part))
+            drawn_later = part == "train" and self.refresh is not None
+            check_part(
+                part,
+                getattr(self, part),
+                dim=self.train.shape[-1],
+                kind=Kind.UNIT_INTERVAL if drawn_later else self.kind,
+                num_levels=self.num_levels,
+                labels=None if self.labels is None else getattr(self.labels, part),
+            )
         if self.image_shape is not None and math.prod(self.image_shape) != self.dim:
             raise ValueError(
                 f"image_shape: expected a height and a width with product {self.dim}, "
@@ -160,115 +165,6 @@ class Split:
             "fingerprint": digest.hexdigest(),
         }
 
-    def binarize(self, threshold: float = 0.5) -> Self:
-        """Set a value to 1 where it exceeds a fraction of the largest level, to 0 elsewhere.
-
-        Args:
-            threshold: The fraction, in [0, 1).
-        """
-        self._require("binarize", Kind.LEVELS, Kind.UNIT_INTERVAL)
-        if not 0 <= threshold < 1:
-            raise ValueError(
-                f"threshold: expected a fraction of the largest level in [0, 1), got {threshold}"
-            )
-        parts = {part: (values > threshold).float() for part, values in self._intensities()}
-        sentence = f"binarized at {threshold} of the largest level"
-        step = ("binarize", {"threshold": threshold})
-        return self._prepared(step, sentence, kind=Kind.BINARY, **parts)
-
-    def binarize_static(self, seed: int = 0) -> Self:
-        """Draw every value once, x ~ Bernoulli(level / largest level), in all three parts.
-
-        Args:
-            seed: Fixes the draw.
-        """
-        self._require("binarize_static", Kind.LEVELS, Kind.UNIT_INTERVAL)
-        parts = {
-            part: fixed_bernoulli(values, seed, index)
-            for index, (part, values) in enumerate(self._intensities())
-        }
-        sentence = f"static binarization: every value drawn once, under seed {seed}"
-        step = ("binarize_static", {"seed": seed})
-        return self._prepared(step, sentence, kind=Kind.BINARY, **parts)
-
-    def binarize_dynamic(self, seed: int = 0) -> Self:
-        """Draw the training values anew in every minibatch, the other two parts once.
-
-        `train` keeps the intensities in [0, 1], and `refresh` draws x ~ Bernoulli(intensity).
-
-        Args:
-            seed: Fixes the draw of validation and test data.
-        """
-        self._require("binarize_dynamic", Kind.LEVELS, Kind.UNIT_INTERVAL)
-        parts = dict(self._intensities())
-        for index, part in enumerate(PARTS[1:], start=1):
-            parts[part] = fixed_bernoulli(parts[part], seed, index)
-        sentence = (
-            f"dynamic binarization: the {len(self.train):,} training data drawn anew in every "
-            f"minibatch, validation and test data drawn once, under seed {seed}"
-        )
-        return self._prepared(
-            ("binarize_dynamic", {"seed": seed}),
-            sentence,
-            kind=Kind.BINARY,
-            refresh=torch.bernoulli,
-            **parts,
-        )
-
-    def dequantize(self, seed: int = 0) -> Self:
-        r"""Spread every level over its cell: y = (x + u) / L with u uniform on [0, 1).
-
-        A density p of y gives the levels the probabilities
-
-            P(x) = \int p(y) dy over the cell of x = L^{-D} \int_{[0, 1)^D} p((x + u) / L) du,
-
-        and by Jensen's inequality
-
-            E_u[log p((x + u) / L)] - D log L <= log P(x).
-
-        `log_jacobian` is -D log L, so that the log-density of the prepared values plus
-        `log_jacobian` is on average a lower bound on log P(x), in nats. `train` keeps x / L, the
-        lower corner of the cell, and `refresh` draws u anew in every minibatch; validation and
-        test data are drawn once.
-
-        Args:
-            seed: Fixes the draw of validation and test data.
-        """
-        self._require("dequantize", Kind.LEVELS)
-        num_levels = self.num_levels or 0
-        parts = {part: getattr(self, part) / num_levels for part in PARTS}
-        for index, part in enumerate(PARTS[1:], start=1):
-            parts[part] = fixed_in_cell(parts[part], num_levels, seed, index)
-        sentence = (
-            f"uniform dequantization of {num_levels} levels: training data drawn anew in every "
-            f"minibatch, validation and test data drawn once, under seed {seed}; the "
-            f"log-density minus {self.dim} log {num_levels} nats bounds log P(levels) from below"
-        )
-        return self._prepared(
-            ("dequantize", {"seed": seed}),
-            sentence,
-            kind=Kind.UNIT_INTERVAL,
-            refresh=partial(fresh_in_cell, num_levels=num_levels),
-            log_jacobian=-self.dim * math.log(num_levels),
-            **parts,
-        )
-
-    def intensities(self) -> Self:
-        """Scale levels to [0, 1] and allow any likelihood: the deliberate override.
-
-        The seeds' Bernoulli on grey levels, x log p + (1 - x) log(1 - p) with x in [0, 1], does
-        not integrate to one. It may be trained and compared with itself; it is no log p(x).
-        """
-        self._require("intensities", Kind.LEVELS, Kind.UNIT_INTERVAL)
-        sentence = "intensities in [0, 1], any likelihood allowed: figures are scores, no log p(x)"
-        return self._prepared(
-            ("intensities", {}),
-            sentence,
-            kind=Kind.UNIT_INTERVAL,
-            is_density=False,
-            **dict(self._intensities()),
-        )
-
     def check_likelihood(self, distribution: Distribution, site: str) -> None:
         """Refuse a likelihood that is no density for these data.
 
@@ -309,55 +205,3 @@ class Split:
             return values
         with torch.random.fork_rng(devices=[]):
             return self.refresh(values[:1000])
-
-    def _require(self, method: str, *kinds: Kind) -> None:
-        if self.steps:
-            raise ValueError(
-                f"{method}: {self.name} is already prepared by {self.steps[0][0]}; call {method} "
-                "on the raw data that load_data returns"
-            )
-        if self.kind not in kinds:
-            raise ValueError(
-                f"{method}: expected {' or '.join(kind.value for kind in kinds)}, got {self.name} "
-                f"with {describe_values(self.kind, self.num_levels)}. "
-                f"{densities(self.kind, self.num_levels)}"
-            )
-
-    def _intensities(self) -> list[tuple[str, Tensor]]:
-        largest = 1 if self.num_levels is None else self.num_levels - 1
-        return [(part, getattr(self, part) / largest) for part in PARTS]
-
-    def _prepared(self, step: tuple[str, dict[str, Any]], sentence: str, **changes: Any) -> Self:
-        preparation = (*self.preparation, sentence)
-        return dataclasses.replace(
-            self, preparation=preparation, steps=(step,), num_levels=None, **changes
-        )
-
-    def _check_part(self, part: str, values: Tensor) -> None:
-        argument = f"data.{part}"
-        if values.ndim != 2 or values.numel() == 0:
-            raise ValueError(
-                f"{argument}: expected shape (N, D) with at least one datum and one dimension, "
-                f"got {tuple(values.shape)}"
-            )
-        if values.dtype != torch.float32 or values.device.type != "cpu":
-            raise ValueError(
-                f"{argument}: expected float32 on the CPU, got {values.dtype} on {values.device}; "
-                "load_data converts"
-            )
-        if values.shape[1] != self.dim:
-            raise ValueError(
-                f"{argument}: expected {self.dim} dimensions as in data.train, "
-                f"got {values.shape[1]}"
-            )
-        check_finite(argument, values)
-        drawn_later = part == "train" and self.refresh is not None
-        kind = Kind.UNIT_INTERVAL if drawn_later else self.kind
-        check_values(argument, values, kind, self.num_levels)
-        if self.labels is not None:
-            labels = getattr(self.labels, part)
-            if labels.shape != values.shape[:1] or labels.dtype != torch.int64:
-                raise ValueError(
-                    f"labels.{part}: expected int64 of shape ({len(values)},), one for each "
-                    f"datum, got {labels.dtype} of shape {tuple(labels.shape)}"
-                )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.context import seeded
-from pyro_vae.data import Kind, Split, restore
+from pyro_vae.data import PARTS, Kind, Split, restore
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.inference.handlers import Program
@@ -23,8 +23,6 @@ from pyro_vae.runs.progress import Progress
 from pyro_vae.runs.report import write_report
 
 __all__ = ["evaluate_run"]
-
-PARTS = ("train", "valid", "test")
 
 
 def evaluate_run(
@@ -149,8 +147,9 @@ def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
     if isinstance(data, Split):
         if not data.is_density:
             figures["quantity"] = "score"
-        elif jacobian:
+        dequantized = any(step == "dequantize" for step, _ in data.steps)
+        if dequantized:
             figures["quantity"] = "bound on log P(x)"
-        if data.is_density and (data.kind is Kind.LEVELS or jacobian):
+        if data.kind is Kind.LEVELS or dequantized:
             figures["bits_per_dim"] = -log_evidence_ / (data.dim * math.log(2))
     return figures
