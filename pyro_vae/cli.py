@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run_command(args)
     except KeyboardInterrupt as stop:
-        print(f"\npyro-vae: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\npyro-vae: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, DivergedError) as error:
         if args.traceback:
@@ -79,13 +79,13 @@ def _train(args: argparse.Namespace) -> None:
                 f"--resume: the run in {args.resume} was not started by pyro-vae train; go on with "
                 "it in Python by fit(..., resume=True)."
             )
-        epochs = args.epochs or options["epochs"]
+        epochs = options["epochs"] if args.epochs is None else args.epochs
         args = argparse.Namespace(
             **{**options, "epochs": epochs, "out": args.resume, "resume": True}
         )
     elif args.data is None or args.out is None:
         raise ValueError("train: give --data and --out, or --resume RUN.")
-    args.epochs = args.epochs or EPOCHS
+    args.epochs = EPOCHS if args.epochs is None else args.epochs
     data = _prepared(pv.load_data(args.data, root=args.root), args)
     print(data.summary())
     torch.manual_seed(args.seed)

@@ -142,6 +142,9 @@ class Loop:
                 self._raise_diverged()
             if after_step(terms.loss / len(rows)) and not last:
                 return False
+        # No loss has seen what the last step made of the parameters: a checkpoint must not keep it.
+        if not all(p.isfinite().all() for p in self.svi.parameters.named.values()):
+            self._raise_diverged()
         self._finish_epoch()
         return True
 
@@ -220,7 +223,7 @@ class Loop:
         self.step = 0
         self._sums.zero_()
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(-record["valid_elbo"])
+            self.scheduler.step(loss if self.valid is None else -record["valid_elbo"])
         elif self.scheduler is not None:
             self.scheduler.step()
         if self.valid is not None and (
@@ -266,6 +269,8 @@ class Loop:
                     blamed = self._blame(batch)
                     break
                 self.svi.update(*batch)
+        else:
+            blamed = self._blame(batch)
         step = self.step
         self.load_state_dict(good)
         raise DivergedError(

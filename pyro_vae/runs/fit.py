@@ -129,9 +129,13 @@ def fit(
         3
     """
     _check_options(epochs, batch_size, patience, optimizer, resume=resume, out=out)
+    if isinstance(data, Split) and valid is not None:
+        raise ValueError("valid: a Split has its own validation part; leave valid= out.")
     train = _as_tuple(data.train if isinstance(data, Split) else data, "data")
     held_out = data.valid if isinstance(data, Split) else valid
     validation = None if held_out is None else _as_tuple(held_out, "valid")
+    if validation is not None:
+        _check_alike(train, validation)
     if patience is not None and validation is None:
         raise ValueError("patience: early stopping needs validation data; give valid=.")
     if batch_size > len(train[0]):
@@ -227,6 +231,8 @@ def _check_options(
 
 def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+    if not tensors:
+        raise ValueError(f"{name}: expected a tensor or a tuple of tensors, got an empty tuple.")
     for i, tensor in enumerate(tensors):
         which = name if len(tensors) == 1 else f"{name}[{i}]"
         if not isinstance(tensor, Tensor):
@@ -241,14 +247,22 @@ def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
                 f"{which}: expected {len(tensors[0])} rows as in {name}[0], got {len(tensor)}."
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = (
-                int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
-            )
+            bad = ~tensor.isfinite()
+            row = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
             raise ValueError(
-                f"{which}: {int((~tensor.isfinite()).sum())} values are NaN or infinite, the first "
-                f"in row {bad}; remove those rows, or mask them in the model."
+                f"{which}: {int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first "
+                f"in row {row}; remove those rows, or mask them in the model."
             )
     return tensors
+
+
+def _check_alike(train: tuple[Tensor, ...], valid: tuple[Tensor, ...]) -> None:
+    expected, given = ([tuple(t.shape[1:]) for t in part] for part in (train, valid))
+    if expected != given:
+        raise ValueError(
+            f"valid: expected tensors with data of shapes {expected} as in the training data, got "
+            f"{given}."
+        )
 
 
 def _set_up(svi: SVI, data: Data, batch: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.inference.loop import Loop, Record
+from pyro_vae.inference.loop import DivergedError, Loop, Record
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.progress import Progress
 
@@ -68,6 +68,9 @@ def train(
             if reason is None:
                 raise _interruption(saver, run)
             return reason
+    except DivergedError:
+        saver.save(final=False, due=True)  # a full disk must not hide which site diverged
+        raise
     finally:
         bar.close()
 
@@ -91,14 +94,14 @@ class _Saver:
         self._cost = 0.0
         self._saved_at = -math.inf
 
-    def save(self, *, final: bool) -> None:
+    def save(self, *, final: bool, due: bool = False) -> None:
         if self.run is None:
             return
         started = time.monotonic()
-        due = started - self._saved_at >= 20 * self._cost
+        due = due or final or started - self._saved_at >= 20 * self._cost
         try:
             self.run.write_metrics(self.loop.records)
-            if due or final:
+            if due:
                 self.run.save_checkpoint(self.loop.state_dict())
         except OSError as error:
             if final:
@@ -106,14 +109,17 @@ class _Saver:
             # The pair is in memory and the last good files are whole: try again at the next epoch.
             warnings.warn(f"{error} Training goes on.", UserWarning, stacklevel=3)
         else:
-            if due or final:
+            if due:
                 self._saved_at = time.monotonic()
                 self._cost = self._saved_at - started
 
 
 def _interruption(saver: _Saver, run: Run | None) -> KeyboardInterrupt:
     loop = saver.loop
-    where = f"stopped in epoch {loop.epoch + 1}, after step {loop.step} of {loop.steps_per_epoch}"
+    where = f"stopped after epoch {loop.epoch}"
+    if loop.step > 0:
+        where = f"stopped in epoch {loop.epoch + 1}, after step {loop.step} of "
+        where += str(loop.steps_per_epoch)
     if run is None:
         return KeyboardInterrupt(f"{where}; nothing is saved without out=, the pair is as it is")
     saver.save(final=True)
