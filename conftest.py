@@ -1,5 +1,7 @@
-"""Names that the doctests use without importing them."""
+"""What all tests start from: names for doctests, a fresh state, the folder of real data."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,11 @@ import pytest
 import torch
 
 import pyro_vae as pv
+
+# Real data sets are tested where they are: in a folder that the user names, or beside the checkout.
+BESIDE = Path(__file__).resolve().parents[1] / "shared" / "data"
+if BESIDE.is_dir():
+    os.environ.setdefault("PYRO_VAE_DATA", str(BESIDE))
 
 
 @pytest.fixture(autouse=True)

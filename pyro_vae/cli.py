@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     if args.resume is not None:
+        _check_alone(args)
         options = Run.open(args.resume).config.get("notes", {}).get("command")
         if options is None:
             raise ValueError(
@@ -121,6 +122,22 @@ def _train(args: argparse.Namespace) -> None:
     best = f"best validation {name} {max(history['valid_elbo']):.3f} nats per datum"
     print(f"{best}, epoch {history.best_epoch} of {len(history.records)}")
     print(f"next: pyro-vae evaluate {args.out}; pictures: {Path(args.out) / 'report.html'}")
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """A run goes on with the options it was started with: say so before ignoring others."""
+    untouched = vars(_parser().parse_args(["train"]))
+    free = ("resume", "epochs", "traceback")
+    given = [
+        f"--{key.replace('_', '-')}"
+        for key, value in vars(args).items()
+        if key not in free and value != untouched[key]
+    ]
+    if given:
+        raise ValueError(
+            f"--resume: the run goes on with its own options; only --epochs may be given with it, "
+            f"leave out {', '.join(given)}."
+        )
 
 
 def _prepared(data: pv.Split, args: argparse.Namespace) -> pv.Split:
@@ -211,16 +228,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     summary = run.read_json("evidence.json")
     quantity = summary["quantity"]
+
+    def figure(key: str) -> float:
+        return math.nan if summary[key] is None else summary[key]  # JSON has no NaN
+
     judged = f"{summary['num_data']} data ({summary['part']})"
     print(f"{quantity} of {judged}, {estimate.num_particles} particles each")
     print(
-        f"  {summary['log_evidence']:.3f} nats per datum, +- {summary['mean_standard_error']:.3f} "
-        f"(estimator) +- {summary['sampling_error'] or math.nan:.3f} (test set)"
+        f"  {figure('log_evidence'):.3f} nats per datum, +- {figure('mean_standard_error'):.3f} "
+        f"(estimator) +- {figure('sampling_error'):.3f} (test set)"
     )
     if "bits_per_dim" in summary:
-        print(f"  {summary['bits_per_dim']:.4f} bits per dimension")
-    print(f"  ELBO {summary['elbo']:.3f}")
-    print(f"  ESS median {summary['ess_median']:.1f}, lowest {summary['ess_min']:.1f}")
+        print(f"  {figure('bits_per_dim'):.4f} bits per dimension")
+    print(f"  ELBO {figure('elbo'):.3f}")
+    print(f"  ESS median {figure('ess_median'):.1f}, lowest {figure('ess_min'):.1f}")
     for sentence in summary["preparation"]:
         print(f"  {sentence}")
     print(f"figures: {run.path / 'evidence.json'}; pictures: {run.path / 'report.html'}")

@@ -3,31 +3,58 @@
 Everything here is a context or a pure function; nothing stays changed behind the caller's back.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_rest", "device_of", "on_device", "seeded"]
+__all__ = ["at_rest", "device_of", "forked", "on_device", "seeded"]
 
 
 @contextmanager
-def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
+def seeded(*seed: int | str, device: torch.device | None = None) -> Iterator[None]:
     """Draw from a stream of its own, and leave the caller's stream where it was.
 
     Args:
-        seed: One or more non-negative integers; different tuples give independent streams.
-        device: The device whose stream is borrowed besides the CPU's.
+        seed: Numbers and words; different ones give independent streams.
+        device: The device whose stream is borrowed besides the CPU's; without one, every GPU
+            that is in use, since nobody knows where the draws will be made.
     """
-    devices = [device] if device is not None and device.type != "cpu" else []
-    device_type = devices[0].type if devices else "cuda"
-    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng(devices=devices, device_type=device_type):
-        torch.manual_seed(state)
+    digest = hashlib.sha256(",".join(map(str, seed)).encode()).digest()
+    state = int.from_bytes(digest[:8], "big") >> 1
+    with forked(device=device) as devices:
+        # Not torch.manual_seed, which seeds every GPU, also those that nobody borrowed.
+        torch.default_generator.manual_seed(state)
+        for borrowed in devices:
+            module = torch.get_device_module(borrowed)
+            with module.device(borrowed):
+                module.manual_seed(state)
         yield
+
+
+@contextmanager
+def forked(*, device: torch.device | None = None) -> Iterator[list[torch.device]]:
+    """Draw on from the caller's stream, and then put it back to where it was.
+
+    Args:
+        device: As for ``seeded``.
+
+    Yields:
+        The devices whose streams are put back besides the CPU's.
+    """
+    devices = _gpus_in_use() if device is None else [device] if device.type != "cpu" else []
+    device_type = devices[0].type if devices else "cuda"
+    with torch.random.fork_rng(devices=devices, device_type=device_type):
+        yield devices
+
+
+def _gpus_in_use() -> list[torch.device]:
+    if not torch.cuda.is_initialized():
+        return []
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
 @contextmanager

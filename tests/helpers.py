@@ -1,10 +1,15 @@
 """Oracles and pairs that several tests use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -99,3 +104,186 @@ class TutorialPair:
 def bits(size: int = 20, dim: int = 9) -> Tensor:
     """Random bits (N, D)."""
     return torch.rand(size, dim).round()
+
+
+# --- pairs of every kind that a user may write, in float64; each call makes (model, guide, args)
+
+Made = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
+
+
+def double_bits(size: int = 7, dim: int = 9) -> Tensor:
+    """Random bits (N, D) in float64."""
+    return bits(size, dim).double()
+
+
+def library_pair() -> Made:
+    model, guide = bernoulli_pair()
+    return model.double(), guide.double(), (double_bits(),)
+
+
+def tutorial_pair() -> Made:
+    pair = TutorialPair()
+    pair.encoder.double()
+    pair.decoder.double()
+    return pair.model, pair.guide, (double_bits(),)
+
+
+def _ramp(*shape: int) -> Tensor:
+    """Numbers between -1 and 1: an initial value that draws no noise."""
+    return torch.linspace(-1.0, 1.0, torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+
+
+def store_pair(size: int | None = None) -> Made:
+    """Functions with constrained and unconstrained ``pyro.param``.
+
+    With ``size``, minibatches stand for that many data (a subsampling plate).
+    """
+
+    def plate(x: Tensor) -> Any:
+        return pyro.plate("data", size or len(x), subsample_size=len(x), dim=-1)
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("prior_scale", 1.5 + _ramp(2) / 4, constraint=constraints.positive)
+        weight = pyro.param("weight", _ramp(2, 9))
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", _ramp(9, 2) / 3)
+        scale = pyro.param("scale", 0.7 + _ramp(2) / 4, constraint=constraints.positive)
+        with plate(x):
+            pyro.sample("z", dist.Normal(x @ slope, scale).to_event(1))
+
+    return model, guide, (double_bits(),)
+
+
+def subsampled_pair() -> Made:
+    return store_pair(size=50)
+
+
+class ModuleModel(PyroModule):
+    """A model that is a ``PyroModule`` with a constrained ``PyroParam``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = PyroModule[nn.Linear](2, 9)
+        self.prior_scale = PyroParam(torch.tensor([1.2, 0.8]), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        scale: Any = self.prior_scale
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+
+class ModuleGuide(PyroModule):
+    """The guide of a ``ModuleModel``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = PyroModule[nn.Linear](9, 2)
+        self.guide_scale = PyroParam(torch.tensor([0.9, 0.6]), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            scale: Any = self.guide_scale
+            pyro.sample("z", dist.Normal(self.encoder(x), scale).to_event(1))
+
+
+def module_pair() -> Made:
+    return ModuleModel().double(), ModuleGuide().double(), (double_bits(),)
+
+
+class TopDownModel(PyroModule):
+    """Two levels: p(z2) p(z1|z2) p(x|z1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower_prior = pv.Conditional(pv.networks.mlp(2, (2, 3)), pv.families.normal)
+        self.likelihood = pv.Conditional(pv.networks.mlp(3, (1, 9)), pv.families.bernoulli)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            zeros = x.new_zeros(2)
+            z2 = pyro.sample("z2", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            z1 = pyro.sample("z1", self.lower_prior(z2))
+            pyro.sample("x", self.likelihood(z1), obs=x)
+
+
+class TopDownGuide(PyroModule):
+    """Its guide, in the same order: q(z2|x) q(z1|z2, x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
+        self.lower = pv.Conditional(pv.networks.mlp(11, (2, 3)), pv.families.normal)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", self.upper(x))
+            pyro.sample("z1", self.lower(z2, x))
+
+
+def hierarchical_pair() -> Made:
+    return TopDownModel().double(), TopDownGuide().double(), (double_bits(),)
+
+
+def masked_pair() -> Made:
+    """Data at dimension -2, pixels at -1, some of which are missing."""
+    decoder, encoder = nn.Linear(2, 9).double(), nn.Linear(9, 4).double()
+
+    def model(x: Tensor, seen: Tensor) -> None:
+        pyro.module("pixel_decoder", decoder)
+        with pyro.plate("data", len(x), dim=-2):
+            zeros = x.new_zeros(2)
+            z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            with pyro.plate("pixels", 9, dim=-1), poutine.mask(mask=seen):
+                pyro.sample("x", dist.Bernoulli(logits=decoder(z).squeeze(-2)), obs=x)
+
+    def guide(x: Tensor, seen: Tensor) -> None:
+        pyro.module("pixel_encoder", encoder)
+        with pyro.plate("data", len(x), dim=-2):
+            loc, log_scale = encoder(x * seen).unsqueeze(-2).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide, (double_bits(), torch.rand(7, 9) < 0.7)
+
+
+def auxiliary_pair() -> Made:
+    """A guide with a latent of its own, which the model does not have."""
+    model, _, args = store_pair()
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", _ramp(9, 2) / 3)
+        mixing = pyro.param("mixing", _ramp(2, 2))
+        with pyro.plate("data", len(x), dim=-1):
+            base = dist.Normal(x @ slope, torch.ones_like(x @ slope)).to_event(1)
+            a = pyro.sample("a", base, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(a @ mixing, 0.5).to_event(1))
+
+    return model, guide, args
+
+
+PAIRS: tuple[Callable[[], Made], ...] = (
+    library_pair,
+    tutorial_pair,
+    store_pair,
+    module_pair,
+    hierarchical_pair,
+    subsampled_pair,
+    masked_pair,
+    auxiliary_pair,
+)
+
+
+def leaves(model: Callable[..., Any], guide: Callable[..., Any]) -> dict[str, Tensor]:
+    """The unconstrained trainable tensors of a pair that has run once, each once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for program in (model, guide):
+        if isinstance(program, nn.Module):
+            for name, parameter in program.named_parameters():
+                found[id(parameter)] = (name, parameter)
+    for name, parameter in pyro.get_param_store().named_parameters():
+        found.setdefault(id(parameter), (name, parameter))
+    return dict(sorted(found.values(), key=lambda item: item[0]))

@@ -67,7 +67,7 @@ def log_weights(
             needs less memory and gives the same weights.
 
     Returns:
-        Log-weights ``(K, N)`` in nats, in the pair's precision, without gradients.
+        Log-weights ``(K, N)`` in nats, in the pair's precision, on its device, without gradients.
 
     Raises:
         ValueError: Model, guide and data do not fit; a latent stands outside the data plate; a
@@ -113,7 +113,7 @@ def log_evidence(
         progress: Called after each block with the number of particle-data scored in it.
 
     Returns:
-        The estimate, with ``value``, ``standard_error`` and ``ess`` of shape ``(N,)``.
+        The estimate, with ``value``, ``standard_error`` and ``ess`` of shape ``(N,)``, on the CPU.
 
     Raises:
         ValueError: As ``log_weights``.
@@ -136,10 +136,10 @@ def log_evidence(
         assert sums is not None
         parts.append(sums)
     return Estimate(
-        value=torch.cat([s.log_mean() for s in parts]),
-        standard_error=torch.cat([s.standard_error() for s in parts]),
-        ess=torch.cat([s.ess() for s in parts]),
-        elbo=torch.cat([s.elbo() for s in parts]),
+        value=torch.cat([s.log_mean() for s in parts]).cpu(),
+        standard_error=torch.cat([s.standard_error() for s in parts]).cpu(),
+        ess=torch.cat([s.ess() for s in parts]).cpu(),
+        elbo=torch.cat([s.elbo() for s in parts]).cpu(),
         num_particles=num_particles,
     )
 
@@ -236,7 +236,7 @@ class _Pair:
 
     def log_weights(self, particles: int, seed: tuple[int, ...], chunk_size: int) -> Tensor:
         """Log-weights (particles, n) of one block of noise."""
-        with seeded(*seed, device=self.device):
+        with seeded("evidence", *seed, device=self.device):
             guide_trace = self._trace(self.guide, particles)
         log_q = self._per_datum(dict(latent_sites(guide_trace)), particles)
         scores = []
@@ -250,7 +250,7 @@ class _Pair:
     def blame(self, particles: int, seed: tuple[int, ...]) -> str:
         """Which site made a weight NaN or infinite."""
         with at_rest(self.model, self.guide), pyro.validation_enabled(is_validate=False):
-            with seeded(*seed, device=self.device):
+            with seeded("evidence", *seed, device=self.device):
                 guide_trace = self._trace(self.guide, particles)
             trace = self._replayed(guide_trace, slice(0, particles), particles)
             blamed = site_to_blame(trace, guide_trace)

@@ -58,7 +58,9 @@ class kl_weight(Messenger):  # noqa: N801 - a context manager, named as Pyro nam
 
     def __init__(self, beta: float | Tensor) -> None:
         super().__init__()
-        if not isinstance(beta, Tensor) and not beta >= 0:
+        # To look at a tensor on another device would wait for that device.
+        readable = not isinstance(beta, Tensor) or beta.device.type == "cpu"
+        if readable and not beta >= 0:
             raise ValueError(f"kl_weight: expected beta >= 0, got {beta}.")
         self.beta = beta
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -134,7 +135,7 @@ class Loop:
             batch = self._batch(rows)
             with kl_weight(self.weight(self.epoch + 1)):
                 terms = self.svi.update(*batch)
-            self._sums += torch.stack([t.double() for t in terms])
+            self._sums += torch.stack([t.double() for t in terms]).to(device)
             self.step += 1
             self.seconds += time.perf_counter() - started
             last = self.step == self.steps_per_epoch
@@ -178,6 +179,9 @@ class Loop:
         self.svi.parameters.load_state_dict(state["parameters"])
         optimizer: Any = self.svi.optimizer
         if isinstance(optimizer, PyroOptim):
+            # Pyro hands a state to optimizers when it makes them: let it make them anew.
+            optimizer.optim_objs.clear()
+            optimizer.grad_clip.clear()
             optimizer.set_state(state["optimizer"])
         else:
             optimizer.load_state_dict(state["optimizer"])
@@ -199,7 +203,7 @@ class Loop:
 
     def _order(self) -> Tensor:
         """The order of the data in this epoch: a function of the seed and the epoch alone."""
-        with seeded(self.seed, 1, self.epoch):
+        with seeded(self.seed, "order", self.epoch):
             return torch.randperm(len(self.train[0]))
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -226,7 +230,8 @@ class Loop:
             self.scheduler.step(loss if self.valid is None else -record["valid_elbo"])
         elif self.scheduler is not None:
             self.scheduler.step()
-        if self.valid is not None and (
+        # No NaN: nothing would ever be better than it.
+        if not math.isnan(record["valid_elbo"]) and (
             self.best is None or record["valid_elbo"] > self.best["valid_elbo"]
         ):
             self.best = {
@@ -240,7 +245,7 @@ class Loop:
         assert self.valid is not None
         total = 0.0
         device = self.valid[0].device
-        with at_rest(self.svi.model, self.svi.guide), seeded(self.seed, 2, device=device):
+        with at_rest(self.svi.model, self.svi.guide), seeded(self.seed, "valid", device=device):
             for start in range(0, len(self.valid[0]), VALIDATION_BATCH):
                 batch = tuple(t[start : start + VALIDATION_BATCH] for t in self.valid)
                 terms = self.svi.evaluate(*batch)
@@ -282,9 +287,10 @@ class Loop:
     def _blame(self, batch: tuple[Tensor, ...]) -> str:
         """The first site that is not finite, or the first parameter that was not before."""
         try:
-            with torch.no_grad():
+            # Pyro's validation would name the distribution, but not the site.
+            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
                 site = site_to_blame(*traces(self.svi.model, self.svi.guide, batch, {}))
-        except ValueError as error:  # Pyro's validation names the distribution and its parameter
+        except (ValueError, RuntimeError) as error:  # a sampler or a network refuses NaN
             site = str(error).splitlines()[0]
         broken = [n for n, p in self.svi.parameters.named.items() if not p.isfinite().all()]
         after = f" (parameter {broken[0]!r} was not finite any more)" if broken else ""

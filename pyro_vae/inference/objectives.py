@@ -19,6 +19,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.context import device_of, forked
 from pyro_vae.inference.handlers import (
     Program,
     Trace,
@@ -29,7 +30,7 @@ from pyro_vae.inference.handlers import (
     unscaled_log_prob,
     unweighted_scale,
 )
-from pyro_vae.inference.structure import Structure, inspect
+from pyro_vae.inference.structure import Structure, inspect, kind_of
 
 __all__ = ["ELBO", "Foreign", "Objective", "Terms", "elbo_terms", "objective_of"]
 
@@ -66,21 +67,28 @@ def elbo_terms(
     rate: Any = 0.0
     weighted_rate: Any = 0.0
     for _, site in observed_sites(model_trace):
-        distortion = distortion - unscaled_log_prob(site).sum() * site["scale"]
+        distortion = distortion - _scaled_sum(unscaled_log_prob(site), site["scale"])
     for name, q in latent_sites(guide_trace):
         if name in analytic:
             kl = kl_divergence(q["fn"], model_trace.nodes[name]["fn"])
-            parts = [(scale_and_mask(kl, 1.0, q["mask"]).sum(), q)]
+            parts = [(scale_and_mask(kl, 1.0, q["mask"]), q)]
         else:
-            parts = [(unscaled_log_prob(q).sum(), q)]
+            parts = [(unscaled_log_prob(q), q)]
             if name in model_trace.nodes:  # auxiliary latents stand in the guide alone
                 p = model_trace.nodes[name]
-                parts.append((-unscaled_log_prob(p).sum(), p))
+                parts.append((-unscaled_log_prob(p), p))
         for nats, site in parts:
-            weighted_rate = weighted_rate + nats * site["scale"]
-            rate = rate + nats.detach() * unweighted_scale(site)
+            weighted_rate = weighted_rate + _scaled_sum(nats, site["scale"])
+            rate = rate + _scaled_sum(nats.detach(), unweighted_scale(site))
     loss = torch.as_tensor(distortion + weighted_rate)
     return Terms(loss, torch.as_tensor(distortion).detach(), torch.as_tensor(rate))
+
+
+def _scaled_sum(nats: Tensor, scale: float | Tensor) -> Tensor:
+    """The scaled sum over a site; ``poutine.scale`` also takes a tensor, one scale per datum."""
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        return (nats * scale).sum()
+    return nats.sum() * scale
 
 
 @dataclass
@@ -103,8 +111,23 @@ class ELBO:
     def prepare(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Inspect the pair on its first arguments."""
+        """Inspect the pair on its first arguments.
+
+        Raises:
+            ValueError: The pair does not fit (see ``inspect``), or the analytic KL is asked of a
+                guide without a pathwise gradient.
+        """
         self.structure = inspect(model, guide, args, kwargs, analytic_kl=self.analytic_kl)
+        if self.analytic_kl and not self.structure.reparameterized:
+            name, site = next(
+                (name, site)
+                for name, site in latent_sites(self.structure.guide_trace)
+                if not site["fn"].has_rsample
+            )
+            raise ValueError(
+                f"site {name!r}: the guide draws it without a pathwise gradient "
+                f"({kind_of(site['fn'])}), which TraceMeanField_ELBO needs; use loss=Trace_ELBO()."
+            )
 
     def terms(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -142,7 +165,9 @@ class Foreign:
     def prepare(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Nothing is known of the pair's sites here, so nothing is checked."""
+        """Evaluate the loss once, for the pair's parameters; nothing is known of its sites."""
+        with torch.no_grad(), forked(device=device_of(model, guide)):
+            self.terms(model, guide, args, kwargs)
 
     def terms(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -157,7 +182,9 @@ class Foreign:
             function = self.loss.loss_and_grads if torch.is_grad_enabled() else self.loss.loss
         else:
             function = self.loss
-        loss = torch.as_tensor(function(model, guide, *args, **kwargs))
+        loss = function(model, guide, *args, **kwargs)
+        if not isinstance(loss, Tensor):  # Pyro's floats: float32 would round what they say
+            loss = torch.tensor(loss, dtype=torch.float64)
         unknown = loss.new_full((), math.nan)
         return Terms(loss, unknown, unknown)
 

@@ -4,12 +4,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.context import device_of, seeded
+from pyro_vae.context import device_of, forked
 from pyro_vae.inference.handlers import (
     Program,
     Site,
@@ -17,10 +19,11 @@ from pyro_vae.inference.handlers import (
     latent_sites,
     observed_sites,
     sample_sites,
+    site_to_blame,
     traces,
 )
 
-__all__ = ["Structure", "inspect"]
+__all__ = ["Structure", "inspect", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ def inspect(
         ValueError: A latent of one is missing in the other, shapes disagree, or an observed value
             lies outside its distribution's support; the message names the site.
     """
-    with torch.no_grad(), seeded(0, device=device_of(model, guide)):
+    # Not under a seed of its own: parameters that start from noise are drawn in the first run.
+    with torch.no_grad(), forked(device=device_of(model, guide)):
         try:
             model_trace, guide_trace = traces(model, guide, args, kwargs)
         except Exception as error:
+            _explain(error, model, guide, args, kwargs)
             shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, Tensor))
             error.add_note(f"(while running guide and model on arguments of shapes {shapes})")
             raise
@@ -104,6 +109,41 @@ def inspect(
         model_trace=model_trace,
         guide_trace=guide_trace,
     )
+
+
+def _explain(
+    error: Exception,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise what lies behind an error of running a pair, where that can be told."""
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.isfinite().all():
+            count = int((~arg.isfinite()).sum())
+            raise ValueError(
+                f"argument {i} of the pair has {count} NaN or infinite values; remove those data, "
+                "or mask them in the model."
+            ) from error
+    try:  # a model that breaks on the guide's latents may do well on its own
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+    except Exception:
+        pass
+    else:
+        try:
+            _check_match(model_trace, guide_trace)
+        except ValueError as mismatch:
+            raise mismatch from error
+    try:  # Pyro's validation names a distribution and its parameter, but not the site
+        with pyro.validation_enabled(is_validate=False):
+            blamed = site_to_blame(*traces(model, guide, args, kwargs))
+    except Exception:
+        return
+    if blamed is not None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{blamed} ({reason}).") from error
 
 
 def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
@@ -147,7 +187,7 @@ def _check_observed(name: str, site: Site) -> None:
     if not inside.all():
         raise ValueError(
             f"site {name!r}: {int((~inside).sum())} of {inside.numel()} observed values lie "
-            f"outside the support {fn.support} of {_kind(fn)}; they range from "
+            f"outside the support {fn.support} of {kind_of(fn)}; they range from "
             f"{value.min().item():g} to {value.max().item():g}. Use a likelihood that is a density "
             "for such data, or prepare the data (binarize, dequantize). Under "
             "pyro.validation_enabled(False) they are scored all the same, but not by log p(x)."
@@ -176,8 +216,8 @@ def _analytic_sites(
         before = set(in_model[: in_model.index(name)])
         conflict = before & set(in_guide[i + 1 :])
         if conflict:  # the orders differ: look at what really depends on what
-            above, below = _family_tree(model, guide, args, kwargs, name)
-            conflict = above & below
+            conflict &= _parents(model, args, kwargs, name)
+            conflict -= _non_descendants(guide, args, kwargs, name)
         if conflict:
             warnings.warn(
                 f"site {name!r}: in the guide {sorted(conflict)} depends on it, in the model it "
@@ -192,8 +232,8 @@ def _analytic_sites(
             kl_divergence(q, p)
         except NotImplementedError:
             warnings.warn(
-                f"site {name!r}: no analytic KL of {_kind(q)} against {_kind(p)} is registered; "
-                "the Monte Carlo estimate is used at this site.",
+                f"site {name!r}: no analytic KL of {kind_of(q)} against {kind_of(p)} is known; the "
+                "Monte Carlo estimate is used at this site.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -202,23 +242,36 @@ def _analytic_sites(
     return frozenset(found)
 
 
-def _family_tree(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
-) -> tuple[set[str], set[str]]:
-    """The site's parents in the model, and its descendants in the guide."""
+def _dependencies(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, set[str]]:
+    """From each random site, in the order of sampling, to the latents on which it depends.
 
-    def upstream(program: Program) -> dict[str, set[str]]:
-        found: Any = get_dependencies(program, args, kwargs, include_deterministic=True)
-        return {d: set(u) - {d} for d, u in found["prior_dependencies"].items()}
+    Sites that hold a fixed value (``Delta``, ``pyro.deterministic``) are looked through.
+    """
+    found: Any = get_dependencies(program, args, kwargs)
+    return {down: set(up) - {down} for down, up in found["prior_dependencies"].items()}
 
-    descendants: set[str] = set()
-    for downstream, above in upstream(guide).items():  # in the order of sampling
-        if name in above or above & descendants:
+
+def _parents(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> set[str]:
+    """The latents on which the site depends in the model."""
+    return _dependencies(model, args, kwargs).get(name, set())
+
+
+def _non_descendants(
+    guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> set[str]:
+    """The random sites that do not depend on the site in the guide, directly or through others."""
+    dependencies = _dependencies(guide, args, kwargs)
+    descendants = {name}
+    for downstream, above in dependencies.items():
+        if above & descendants:
             descendants.add(downstream)
-    return upstream(model).get(name, set()), descendants
+    return set(dependencies) - descendants
 
 
-def _kind(fn: Any) -> str:
+def kind_of(fn: Any) -> str:
+    """The name of a distribution's class, under independent dimensions and transforms."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return type(fn).__name__

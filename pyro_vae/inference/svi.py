@@ -20,6 +20,11 @@ __all__ = ["SVI", "OptimizerFactory"]
 
 OptimizerFactory = Callable[[list[Tensor]], Optimizer]
 
+_NOTHING_TO_TRAIN = (
+    "SVI: the pair has no parameters to train. Register networks with pyro.module(name, network), "
+    "use pyro.param, or write the pair as modules."
+)
+
 
 class SVI:
     """Minimise the loss of a model and a guide by stochastic gradients.
@@ -85,6 +90,8 @@ class SVI:
     @property
     def optimizer(self) -> Optimizer | PyroOptim:
         """The optimizer, made at ``setup`` or the first step."""
+        if self._parameters is not None and not self._parameters.named:
+            raise ValueError(_NOTHING_TO_TRAIN)
         if self._optimizer is None:
             raise RuntimeError("the optimizer does not exist before setup or a step.")
         return self._optimizer
@@ -175,10 +182,7 @@ class SVI:
         """Train parameters that a later call of the pair has brought to light."""
         if self._optimizer is None:
             if not self.parameters.named:
-                raise ValueError(
-                    "SVI: the pair has no parameters to train. Register networks with "
-                    "pyro.module(name, network), use pyro.param, or write the pair as modules."
-                )
+                raise ValueError(_NOTHING_TO_TRAIN)
             self._make_optimizer()
         elif new and not isinstance(self._given, Optimizer | PyroOptim):
             self.optimizer.add_param_group({"params": new})  # type: ignore[union-attr]

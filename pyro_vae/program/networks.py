@@ -48,7 +48,7 @@ def mlp(
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
         layers += [nn.Linear(narrow, wide), activation()]
-    layers.append(nn.Linear(widths[-1], prod(out)))
+    layers.append(nn.Linear(widths[-1], _size("mlp", out)))
     return _Flat("mlp", in_dim, nn.Sequential(*layers), tuple(out))
 
 
@@ -77,7 +77,7 @@ def gated_mlp(
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
         layers += [nn.Linear(narrow, 2 * wide), nn.GLU(dim=-1)]
-    layers.append(nn.Linear(widths[-1], prod(out)))
+    layers.append(nn.Linear(widths[-1], _size("gated_mlp", out)))
     return _Flat("gated_mlp", in_dim, nn.Sequential(*layers), tuple(out))
 
 
@@ -100,15 +100,18 @@ def conv_encoder(
     Returns:
         A module ``(*batch, height * width) -> (*batch, P, D)``.
 
+    Raises:
+        ValueError: There are no channels, or more than the image can be halved.
+
     Example:
         >>> pv.networks.conv_encoder((28, 28), (2, 50))(torch.zeros(3, 7, 784)).shape
         torch.Size([3, 7, 2, 50])
     """
+    height, width = _halved(image_shape, len(channels))[-1]
     layers: list[nn.Module] = [nn.Unflatten(-1, (1, *image_shape))]
     for narrow, wide in zip([1, *channels[:-1]], channels, strict=True):
         layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), activation()]
-    height, width = _halved(image_shape, len(channels))[-1]
-    layers += [nn.Flatten(), nn.Linear(channels[-1] * height * width, prod(out))]
+    layers += [nn.Flatten(), nn.Linear(channels[-1] * height * width, _size("conv_encoder", out))]
     return _Flat("conv_encoder", prod(image_shape), nn.Sequential(*layers), tuple(out))
 
 
@@ -135,14 +138,15 @@ def conv_decoder(
         A module ``(*batch, in_dim) -> (*batch, P, height * width)``.
 
     Raises:
-        ValueError: ``D`` is not ``height * width``.
+        ValueError: ``D`` is not ``height * width``; there are no channels, or more than the image
+            can be halved.
 
     Example:
         >>> network = pv.networks.conv_decoder(50, (1, 784), image_shape=(28, 28))
         >>> network(torch.zeros(3, 7, 50)).shape
         torch.Size([3, 7, 1, 784])
     """
-    if out[1] != prod(image_shape):
+    if _size("conv_decoder", out) != out[0] * prod(image_shape):
         raise ValueError(
             f"networks.conv_decoder: out={tuple(out)} asks for {out[1]} dimensions, but "
             f"image_shape={tuple(image_shape)} has {prod(image_shape)} pixels; make them agree."
@@ -217,6 +221,16 @@ class _Rescaled(nn.Module):
         return self.network((x - self.loc) / self.scale, *context)
 
 
+def _size(name: str, out: tuple[int, int]) -> int:
+    """The number of values in an output of shape (P, D)."""
+    if not isinstance(out, tuple | list) or len(out) != 2 or min(out) < 1:
+        raise ValueError(
+            f"networks.{name}: expected out=(P, D), P parameters for each of D dimensions, got "
+            f"{out}."
+        )
+    return prod(out)
+
+
 def _joined(inputs: Sequence[Tensor]) -> Tensor:
     batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
     return torch.cat([x.expand(*batch, x.shape[-1]) for x in inputs], dim=-1)
@@ -224,6 +238,8 @@ def _joined(inputs: Sequence[Tensor]) -> Tensor:
 
 def _halved(shape: tuple[int, int], times: int) -> list[tuple[int, int]]:
     """The image's size before and after each 4x4 convolution of stride 2 and padding 1."""
+    if times < 1:
+        raise ValueError("networks: channels is empty; give at least one number of feature maps.")
     sizes = [(shape[0], shape[1])]
     for _ in range(times):
         height, width = sizes[-1]

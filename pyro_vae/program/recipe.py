@@ -82,6 +82,7 @@ def describe(*objects: Any) -> dict[str, Any]:
         if hasattr(thing, "_recipe"):
             if id(thing) not in numbers:
                 name, arguments = thing._recipe
+                _check_unchanged(thing, arguments, where)
                 node = {
                     "make": name,
                     "with": {k: value(v, f"{where}.{k}") for k, v in arguments.items()},
@@ -133,11 +134,22 @@ def build(recipe: dict[str, Any]) -> list[Any]:
         for node in recipe["nodes"]:
             made.append(_call(_find(node["make"]), {k: value(v) for k, v in node["with"].items()}))
         return [value(thing) for thing in recipe["objects"]]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"the recipe of the pair can't be followed ({error}): it was written by another "
             "version of pyro_vae or changed by hand. Pass model= and guide= instead."
         ) from error
+
+
+def _check_unchanged(thing: Any, arguments: dict[str, Any], where: str) -> None:
+    """A part that was replaced after the object was made would be saved as the old one."""
+    for name, given in arguments.items():
+        if callable(given) and getattr(thing, name, given) is not given:
+            raise NotDescribedError(
+                f"{where}.{name} was replaced after {where} was made: no recipe of this pair can "
+                "be saved. Make the object anew with its new part, or pass model= and guide= when "
+                "loading."
+            )
 
 
 def _call(make: Callable[..., Any], arguments: dict[str, Any]) -> Any:

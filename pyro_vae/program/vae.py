@@ -126,7 +126,8 @@ def decode(model: Program, z: Tensor | dict[str, Tensor], *args: Any) -> Any:
         The distribution of the only observed site, or a dict by the sites' names.
 
     Raises:
-        ValueError: The model has several latent sites and ``z`` is one tensor.
+        ValueError: The model has several latent sites and ``z`` is one tensor, or ``z`` names a
+            site that the model lacks.
 
     Example:
         >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
@@ -150,6 +151,14 @@ def decode(model: Program, z: Tensor | dict[str, Tensor], *args: Any) -> Any:
     given = poutine.condition(model, dict(zip(z, values, strict=True)))
     with at_rest(model), seeded(0, device=device):
         trace = poutine.trace(given).get_trace(*on_device(args, device))
+    sites = dict(_samples(trace))
+    if unknown := [name for name in z if name not in sites]:
+        # Pyro would draw the latent that was meant, and nobody would notice.
+        latent = [name for name, site in sites.items() if name in z or not _is_data(site)]
+        raise ValueError(
+            f"decode: z names {unknown}, but the model has the latent sites {latent}; give a "
+            "tensor for each by its name."
+        )
     data = {name: site["fn"] for name, site in _data(trace) if name not in z}
     return _only("model", data)
 

@@ -14,23 +14,22 @@ from pyro_vae.inference.svi import SVI
 from pyro_vae.program.recipe import NotDescribedError, describe
 from pyro_vae.runs.directory import Run, versions
 
-__all__ = ["Data", "write_config", "write_examples"]
+__all__ = ["Data", "continued", "run_config", "write_examples"]
 
 NUM_EXAMPLES = 1000
 
 Data = Split | Tensor | Sequence[Tensor]
 
 
-def write_config(
-    run: Run,
+def run_config(
     model: Program,
     guide: Program,
     data: Data,
     svi: SVI,
     options: dict[str, Any],
     notes: dict[str, Any],
-) -> None:
-    """Write ``config.json``: data, pair, options and versions."""
+) -> dict[str, Any]:
+    """What goes into ``config.json``: data, pair, options and versions."""
     if isinstance(data, Split):
         described = data.describe()
     else:
@@ -41,18 +40,45 @@ def write_config(
         pair = describe(model, guide)
     except NotDescribedError:
         pair = None
-    run.write_json(
-        "config.json",
-        {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "data": described,
-            "pair": pair,
-            "parameters": sum(p.numel() for p in svi.parameters.named.values()),
-            "options": options,
-            "notes": notes,
-            "versions": versions(),
-        },
-    )
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": described,
+        "pair": pair,
+        "parameters": sum(p.numel() for p in svi.parameters.named.values()),
+        "options": options,
+        "notes": notes,
+        "versions": versions(),
+    }
+
+
+def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that is taken up again.
+
+    Args:
+        old: The config with which the run was started.
+        new: The config with which it is to go on.
+
+    Returns:
+        The old config, with the new number of epochs.
+
+    Raises:
+        ValueError: The data, or an option on which every number depends, are others.
+    """
+    for key in ("fingerprint", "shapes"):
+        if old["data"].get(key) != new["data"].get(key):
+            raise ValueError(
+                f"resume: the run was started with other data ({old['data'].get('name')}); go on "
+                "with the same, or start another run."
+            )
+    for key in ("loss", "batch_size", "seed"):
+        was, given = old["options"].get(key), new["options"][key]
+        if was != given:
+            raise ValueError(
+                f"resume: the run was started with {key}={was}, now it is {given}; go on with "
+                "the same, or start another run."
+            )
+    grown = {key: new["options"][key] for key in ("epochs", "kl_weight")}
+    return {**old, "options": {**old["options"], **grown}}
 
 
 def write_examples(

@@ -14,9 +14,9 @@
 import json
 import math
 import os
-import pickle
 import platform
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ import numpy as np
 import pyro
 import torch
 
-__all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "versions"]
+__all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "machine", "versions"]
 
 CHECKPOINT_FORMAT = 1
 
@@ -87,10 +87,10 @@ class Run:
     def config(self) -> dict[str, Any]:
         """How the run was made."""
         config = self.read_json("config.json")
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
             raise ValueError(
-                f"{self.path / 'config.json'}: expected a JSON object, got a "
-                f"{type(config).__name__}; restore it from a copy of the run."
+                f"{self.path / 'config.json'}: expected a JSON object that describes a run, with "
+                "an entry 'data'; restore it from a copy of the run."
             )
         return config
 
@@ -149,9 +149,9 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except Exception as error:  # a damaged file raises whatever its first damaged byte leads to
             raise ValueError(f"{path} is damaged ({error}); delete it to go on without.") from error
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -174,9 +174,14 @@ class Run:
                 "again into another directory."
             )
         try:
-            state = torch.load(path, map_location=map_location, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged bytes that look like a new protocol
+                state = torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # a damaged file raises whatever its first damaged byte leads to
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{path} can't be loaded ({reason}): it is damaged, cut off, or holds something "
                 "other than tensors and plain values. Restore it from a copy of the run."
@@ -211,14 +216,23 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise OSError(
-                f"can't write {path} ({reason}); an earlier version of the file is untouched. Free "
-                "some space or give another directory."
-            ) from error
-        raise
+        refused = _refused_by_the_disk(error)
+        if refused is None:
+            raise
+        raise OSError(
+            f"can't write {path} ({refused.strerror or refused}); an earlier version of the file "
+            "is untouched. Free some space or give another directory."
+        ) from error
+
+
+def _refused_by_the_disk(error: BaseException) -> OSError | None:
+    """The OSError behind an error: torch.save's zip writer trips over it and raises its own."""
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
 
 
 def versions() -> dict[str, str]:
@@ -230,6 +244,19 @@ def versions() -> dict[str, str]:
         "pyro": pyro.__version__,
         "numpy": np.__version__,
     }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides times."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.is_file() else []
+        named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(named, platform.processor() or platform.machine())
+    return {"processor": name, "cores": cores, "device": str(device)}
 
 
 def _finite(value: Any) -> Any:

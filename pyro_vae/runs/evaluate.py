@@ -16,7 +16,7 @@ from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.inference.handlers import Program
 from pyro_vae.runs.device import resolve_device
-from pyro_vae.runs.directory import Run, versions
+from pyro_vae.runs.directory import Run, machine, versions
 from pyro_vae.runs.load import load
 from pyro_vae.runs.pictures import draw_evidence
 from pyro_vae.runs.progress import Progress
@@ -93,14 +93,14 @@ def evaluate_run(
         "num_particles": num_particles,
         "seed": seed,
         "seconds": time.perf_counter() - started,
-        "device": str(target),
+        "machine": machine(target),
         "preparation": config["data"].get("preparation", []),
         "versions": versions(),
     }
     arrays = {key: getattr(estimate, key) for key in ("value", "standard_error", "ess", "elbo")}
-    folder.write_arrays("evidence.npz", **{k: v.cpu().numpy() for k, v in arrays.items()})
+    folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
     folder.write_json("evidence.json", summary)
-    draw_evidence(folder, estimate.value.cpu() + _log_jacobian(data), summary)
+    draw_evidence(folder, estimate.value + _log_jacobian(data), summary)
     write_report(folder.path)
     return estimate
 
@@ -113,7 +113,7 @@ def _rows(
             raise ValueError(f"part: expected one of {', '.join(PARTS)}, all; got {part!r}.")
         values = {name: getattr(data, name) for name in (PARTS if part == "all" else (part,))}
         if "train" in values and data.refresh is not None:
-            with seeded(seed, 3):
+            with seeded(seed, "train"):
                 values["train"] = data.refresh(values["train"])
         tensors = (torch.cat(list(values.values())),)
     else:

@@ -18,7 +18,7 @@ from pyro_vae.data import Split
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.loop import Loop, Record
 from pyro_vae.inference.svi import SVI, OptimizerFactory
-from pyro_vae.runs.config import Data, write_config, write_examples
+from pyro_vae.runs.config import Data, continued, run_config, write_examples
 from pyro_vae.runs.device import resolve_device
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.pictures import draw_run
@@ -150,6 +150,9 @@ def fit(
     train = tuple(t.to(target) for t in train)
     validation = None if validation is None else tuple(t.to(target) for t in validation)
     weight = kl_weight if callable(kl_weight) else lambda epoch: float(kl_weight)
+    weights = [float(weight(epoch)) for epoch in range(1, epochs + 1)]
+    if not all(w >= 0 for w in weights):
+        raise ValueError(f"kl_weight: expected weights >= 0, got {min(weights)}.")
     run = None if out is None else (Run.open(out) if resume else Run.create(out))
 
     svi = SVI(
@@ -159,7 +162,7 @@ def fit(
         loss=Trace_ELBO() if loss is None else loss,
         max_grad_norm=max_grad_norm,
     )
-    with seeded(seed, 0, device=target):
+    with seeded(seed, "fit", device=target):
         refresh = data.refresh if isinstance(data, Split) else None
         first = tuple(t[:batch_size] for t in train)
         if refresh is not None:
@@ -175,9 +178,7 @@ def fit(
             weight=weight,
             scheduler=None if lr_schedule is None else lr_schedule(svi.optimizer),  # type: ignore[arg-type]
         )
-        if run is not None and resume:
-            loop.load_state_dict(run.load_checkpoint(target))
-        elif run is not None:
+        if run is not None:
             options = {
                 "loss": _name(svi.objective if loss is None else loss),
                 "optimizer": repr(svi.optimizer),
@@ -185,13 +186,18 @@ def fit(
                 "batch_size": batch_size,
                 "seed": seed,
                 "lr_schedule": None if loop.scheduler is None else _name(loop.scheduler),
-                "kl_weight": [weight(epoch) for epoch in range(1, epochs + 1)],
+                "kl_weight": weights,
                 "max_grad_norm": max_grad_norm,
                 "patience": patience,
                 "device": str(target),
             }
-            write_config(run, model, guide, data, svi, options, dict(notes or {}))
-            write_examples(run, data, train, validation)
+            config = run_config(model, guide, data, svi, options, dict(notes or {}))
+            if resume:
+                config = continued(run.config, config)
+                loop.load_state_dict(run.load_checkpoint(target))
+            else:
+                write_examples(run, data, train, validation)
+            run.write_json("config.json", config)
         bound = "ELBO" if not isinstance(data, Split) or data.is_density else "score"
         stopped = train_loop(loop, run, epochs, patience, callbacks, bound=bound, shown=progress)
         loop.restore_best()

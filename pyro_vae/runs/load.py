@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from pyro_vae.context import device_of
+from pyro_vae.context import device_of, seeded
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.parameters import Parameters
 from pyro_vae.inference.structure import inspect
@@ -65,7 +65,8 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
                 f"{folder.path}: the pair has parts that pyro_vae did not make, so it can't be "
                 "built from the run alone; build it as before and pass model= and guide=."
             )
-        model, guide = build(recipe)
+        with seeded(0):  # initial values are drawn, to be replaced: not from the caller's stream
+            model, guide = build(recipe)
         assert model is not None
         assert guide is not None
     state = folder.load_checkpoint(device_of(model, guide) or "cpu")
@@ -74,6 +75,11 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
     if saved["params"]:
         # Parameters of pyro.param come into being at the first call: call once.
         examples = folder.read_arrays("examples.npz")
+        if not examples:
+            raise ValueError(
+                f"{folder.path}: examples.npz is missing, without which a pair with pyro.module or "
+                "pyro.param can't be called for its parameters; restore it from a copy of the run."
+            )
         args = [torch.as_tensor(examples[key][:2]) for key in sorted(examples) if key[:3] == "arg"]
         with poutine.trace(param_only=True) as capture:
             inspect(model, guide, tuple(args), {})

@@ -1,0 +1,81 @@
+"""Write docs/results.md from the figures in docs/results/*.json: no figure is typed by hand.
+
+python experiments/tables.py
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Results
+
+Measured figures with their protocols. This page is written by `experiments/tables.py` from the
+files in `docs/results/`, which the experiments leave as `results.json` in their run directories.
+
+"Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
+standard error of the mean as an estimate for new data. Figures of others are as they reported them.
+"""
+
+
+def section(name: str, figures: dict[str, Any]) -> str:
+    """One experiment: its figure beside those of others, then its protocol."""
+    rows = [
+        f"| **pyro_vae** | **{figures['log_evidence']:.2f}** | "
+        f"{figures['mean_standard_error']:.4f} | {figures['sampling_error']:.2f} |"
+    ]
+    rows += [
+        f"| {who} | {value:.2f} | | |" for who, value in figures.get("as_reported", {}).items()
+    ]
+    machine, versions = figures["machine"], figures["versions"]
+    facts = {
+        "ELBO of the test data": f"{figures['elbo']:.2f} nats",
+        "best validation ELBO": f"{figures['best_valid_elbo']:.2f} nats, epoch "
+        f"{figures['best_epoch']} of {figures['epochs']}",
+        "effective sample size": f"median {figures['ess_median']:.1f}, lowest "
+        f"{figures['ess_min']:.2f}, of {figures['num_particles']:,} particles",
+        "training": f"{figures['train_seconds']:,.0f} s on {figures['num_train']:,} data",
+        "evaluation": f"{figures['seconds']:,.0f} s on {figures['num_test']:,} data",
+        "seed": str(figures["seed"]),
+        "machine": f"{machine['processor']}, {machine['cores']} cores, {machine['device']}",
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        **{f"protocol: {key}": text for key, text in figures["protocol"].items()},
+    }
+    if "bits_per_dim" in figures:
+        facts["bits per dimension"] = f"{figures['bits_per_dim']:.4f}"
+    return "\n".join(
+        [
+            f"## {figures['title']}",
+            "",
+            "| | log p(x), nats per datum | +- estimator | +- test set |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {text} |" for key, text in facts.items()),
+            "",
+            f"Figures: [results/{name}.json](results/{name}.json)",
+            "",
+        ]
+    )
+
+
+def page(folder: Path) -> str:
+    """The whole page from the figures in a folder."""
+    files = sorted(folder.glob("*.json"))
+    return "\n".join([HEAD, *(section(f.stem, json.loads(f.read_text())) for f in files)])
+
+
+def main() -> None:
+    """Write the page."""
+    docs = Path(__file__).parents[1] / "docs"
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    (docs / "results.md").write_text(page(docs / "results"))
+    print(f"{docs / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
