@@ -263,6 +263,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     run = Run.open(args.run)
+    _ = run.config  # without it there is nothing to draw: not an error to go on after
     try:
         model, guide = pv.load(args.run)
     except ValueError as error:
@@ -299,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = command("sample", _sample, "generate data from the prior")
     sample.add_argument("run", metavar="RUN", help="run directory")
-    sample.add_argument("--num", type=int, default=64, help="number of data")
+    sample.add_argument("--num", type=_positive, default=64, help="number of data")
     sample.add_argument("--draw", action="store_true", help="draw from p(x|z), not its mean")
     sample.add_argument("--seed", type=int, default=0, help="seed")
     sample.add_argument("--out", help="an .npy file; in the run directory if not given")
@@ -335,9 +336,15 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--likelihood", choices=("auto", *LIKELIHOODS), default="auto", help="auto: by the values")
     add("--scale", type=float, default=1.0, help="scale of fixed_normal and fixed_laplace")
     add("--min-scale", type=float, default=1e-3, help="least scale of normal and laplace")
-    add("--latent-dim", type=int, default=20, help="number of latent dimensions")
+    add("--latent-dim", type=_positive, default=20, help="number of latent dimensions")
     add("--network", choices=("mlp", "gated_mlp", "conv"), default="mlp", help="networks")
-    add("--hidden-dims", type=int, nargs="+", default=[400], help="widths of the hidden layers")
+    add(
+        "--hidden-dims",
+        type=_positive,
+        nargs="+",
+        default=[400],
+        help="widths of the hidden layers",
+    )
     add("--activation", choices=tuple(ACTIVATIONS), default="softplus", help="of mlp and conv")
 
     add = parser.add_argument_group("training").add_argument
@@ -346,7 +353,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=1e-3, help="of Adam")
     add("--cosine", action="store_true", help="let the learning rate fall to 0 on a cosine")
     add("--analytic-kl", action=argparse.BooleanOptionalAction, default=True, help="closed-form KL")
-    add("--num-particles", type=int, default=1, help="draws per datum and step")
+    add("--num-particles", type=_positive, default=1, help="draws per datum and step")
     add("--kl-weight", type=float, default=1.0, help="weight of the KL")
     add("--warmup", type=int, default=0, help="epochs in which the KL weight rises")
     add("--max-grad-norm", type=float, help="clip the gradient's norm")
@@ -355,6 +362,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
     add("--out", metavar="RUN", help="run directory to make")
     add("--resume", metavar="RUN", help="go on with a run; only --epochs may be given with it")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _show_warning(message: Any, *_: Any) -> None:

@@ -25,6 +25,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device, seeded
+from pyro_vae.evidence.data_plate import data_dim
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.inference.handlers import (
     Program,
@@ -231,7 +232,7 @@ class _Pair:
         structure = inspect(model, guide, args, {})
         self.model, self.guide, self.args = model, guide, args
         self.nesting = structure.max_plate_nesting
-        self.dim = _data_dim(structure.model_trace, structure.guide_trace, data_plate)
+        self.dim = data_dim(structure, _data_size(args), data_plate)
         self.device = device_of(model, guide) or _first_device(args)
 
     def log_weights(self, particles: int, seed: tuple[int, ...], chunk_size: int) -> Tensor:
@@ -260,7 +261,14 @@ class _Pair:
 
     def _trace(self, program: Program, particles: int) -> Trace:
         inside = in_particles(program, particles, self.nesting)
-        return poutine.trace(inside).get_trace(*self.args)
+        try:
+            return poutine.trace(inside).get_trace(*self.args)
+        except Exception as error:
+            error.add_note(
+                f"(while running the pair with {particles} particles on the left of its batch "
+                "dimensions; a network has to keep every dimension on the left of the last)"
+            )
+            raise
 
     def _replayed(self, guide_trace: Trace, chunk: slice, particles: int) -> Trace:
         if chunk.stop - chunk.start < particles:
@@ -302,39 +310,3 @@ def _data_size(args: tuple[Any, ...]) -> int:
 
 def _first_device(args: tuple[Any, ...]) -> torch.device | None:
     return next((a.device for a in args if isinstance(a, Tensor)), None)
-
-
-def _data_dim(model_trace: Trace, guide_trace: Trace, name: str | None) -> int:
-    """The dimension (negative) of the plate over the data: the one all observed sites share."""
-    observed = dict(observed_sites(model_trace))
-    if not observed:
-        raise ValueError("the model observes nothing: there is no evidence to estimate.")
-    shared = [
-        {f.name: f.dim for f in s["cond_indep_stack"] if f.vectorized} for s in observed.values()
-    ]
-    plates = {n: d for n, d in shared[0].items() if all(n in others for others in shared)}
-    if name is not None and name not in plates:
-        raise ValueError(
-            f"data_plate: no plate {name!r} is shared by all observed sites ({sorted(observed)}); "
-            f"they share {sorted(plates) or 'none'}."
-        )
-    if not plates:
-        raise ValueError(
-            f"the observed sites ({sorted(observed)}) share no plate, so nothing tells one datum "
-            "from the next; wrap them in `with pyro.plate('data', len(x), dim=-1):`."
-        )
-    if name is None and len(plates) > 1:
-        raise ValueError(
-            f"the observed sites share the plates {sorted(plates)}; say with data_plate= which one "
-            "runs over the data."
-        )
-    name = name or next(iter(plates))
-    for trace in (guide_trace, model_trace):
-        for site_name, site in latent_sites(trace):
-            if name not in {f.name for f in site["cond_indep_stack"]}:
-                raise ValueError(
-                    f"site {site_name!r} is a latent outside the plate {name!r}: it is shared by "
-                    "all data, so there is no weight per datum. Move it into the plate, or "
-                    "condition on a value for it (pyro.poutine.condition)."
-                )
-    return plates[name]

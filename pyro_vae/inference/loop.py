@@ -90,6 +90,8 @@ class Loop:
         self.step = 0
         self.seconds = 0.0
         self._sums = torch.zeros(3, dtype=torch.float64)
+        # An epoch's start is good only once a bound there was finite: else the one before is.
+        self._start: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
 
@@ -120,10 +122,13 @@ class Loop:
             Whether the epoch was finished; if not, another call goes on with it.
 
         Raises:
-            DivergedError: The loss is NaN or infinite. The state is that of the epoch's start.
+            DivergedError: The loss is NaN or infinite. The state is that of the epoch's start, or
+                of the epoch before, if already the first loss was.
         """
-        if self.step == 0 or self._good is None:
-            self._good = copy.deepcopy(self.state_dict())
+        if self.step == 0 or self._start is None:
+            self._start = copy.deepcopy(self.state_dict())
+            if self.records and math.isfinite(self.records[-1]["valid_elbo"]):
+                self._good = self._start
         device = self.train[0].device
         self._sums = self._sums.to(device)
         order = self._order().to(device)
@@ -139,8 +144,10 @@ class Loop:
             self.step += 1
             self.seconds += time.perf_counter() - started
             last = self.step == self.steps_per_epoch
-            if (last or self.step % every == 0) and not self._sums[0].isfinite():
-                self._raise_diverged()
+            if last or self.step % every == 0:
+                if not self._sums[0].isfinite():
+                    self._raise_diverged()
+                self._good = self._start
             if after_step(terms.loss / len(rows)) and not last:
                 return False
         # No loss has seen what the last step made of the parameters: a checkpoint must not keep it.
@@ -256,11 +263,12 @@ class Loop:
 
     def _raise_diverged(self) -> None:
         """Return to the epoch's start, find the bad step again, and name what broke."""
-        assert self._good is not None
-        good, epoch = self._good, self.epoch + 1
-        self.load_state_dict(copy.deepcopy(good))
+        assert self._start is not None
+        epoch = self.epoch + 1
+        self.load_state_dict(copy.deepcopy(self._start))
         order = self._order().to(self.train[0].device)
         last = self.steps_per_epoch
+        batch: tuple[Tensor, ...] = ()
         blamed = "the loss itself"
         while self.step < last:
             rows = order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
@@ -277,10 +285,11 @@ class Loop:
         else:
             blamed = self._blame(batch)
         step = self.step
-        self.load_state_dict(good)
+        self.load_state_dict(self._good or self._start)
+        self._start = None
         raise DivergedError(
             f"the loss turned NaN or infinite in epoch {epoch}, step {step}: {blamed}. The pair is "
-            f"back at the end of epoch {epoch - 1}. Try a smaller learning rate, max_grad_norm=, "
+            f"back at the end of epoch {self.epoch}. Try a smaller learning rate, max_grad_norm=, "
             "or a larger min_scale in the family."
         )
 

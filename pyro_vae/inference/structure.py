@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import TransformedDistribution, kl_divergence
 
 from pyro_vae.context import device_of, forked
 from pyro_vae.inference.handlers import (
@@ -271,8 +271,8 @@ def _non_descendants(
 
 
 def kind_of(fn: Any) -> str:
-    """The name of a distribution's class, under independent dimensions and transforms."""
-    while hasattr(fn, "base_dist"):
+    """The name of a distribution's class, under independent dimensions and masks."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
     return type(fn).__name__
 

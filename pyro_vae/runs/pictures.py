@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.context import device_of, on_device
+from pyro_vae.context import device_of, on_device, seeded
 from pyro_vae.inference.handlers import Program
 from pyro_vae.program.vae import decode, encode, generate, reconstruct
 from pyro_vae.runs import plots, tiles
@@ -48,9 +48,10 @@ def draw_run(run: Run, model: Program | None, guide: Program | None) -> Path:
             if f"arg{i}" in examples
         )
         image_shape = run.config["data"].get("image_shape")
-        if args:
-            _draw_pair(run, model, guide, args, examples.get("labels"), image_shape)
-        _draw_graphs(run, model, guide, args)
+        with seeded(0, device=device_of(model, guide)):
+            if args:
+                _draw_pair(run, model, guide, args, examples.get("labels"), image_shape)
+            _draw_graphs(run, model, guide, args)
     return write_report(run.path)
 
 
@@ -106,11 +107,12 @@ def _draw_pair(
     z = q.mean if _has_mean(q) else q.sample()
     mean_of = _decoder(model, x)
     draw("samples.png", tiles.samples(_array(_generated(model, x)), shape))
-    ends = z[_spread(len(z), 10)]
-    ways = torch.lerp(
-        ends[:5, None], ends[5:, None], torch.linspace(0, 1, NUM_STEPS, device=z.device)[:, None]
-    )
-    draw("interpolations.png", tiles.interpolations(mean_of(ways), shape))
+    if len(z) > 1:
+        half = min(len(z) // 2, 5)
+        ends = z[_spread(len(z), 2 * half)]
+        steps = torch.linspace(0, 1, NUM_STEPS, device=z.device)[:, None]
+        ways = torch.lerp(ends[:half, None], ends[half:, None], steps)
+        draw("interpolations.png", tiles.interpolations(mean_of(ways), shape))
     _draw_traversals(draw, mean_of, z, shape)
     _draw_latents(draw, mean_of, z, labels, shape)
 
