@@ -15,34 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.data import Kind
 from pyro_vae.inference.loop import DivergedError
+from pyro_vae.options import ACTIVATIONS, EPOCHS, parser
 from pyro_vae.runs import plots
-from pyro_vae.runs.directory import Run
+from pyro_vae.runs.directory import Run, atomically
 from pyro_vae.runs.pictures import draw_run
 
 __all__ = ["main"]
 
-ACTIVATIONS = {"softplus": nn.Softplus, "relu": nn.ReLU, "tanh": nn.Tanh}
-LIKELIHOODS = (
-    "bernoulli",
-    "binomial",
-    "categorical",
-    "normal",
-    "fixed_normal",
-    "laplace",
-    "fixed_laplace",
-)
 OF_KIND = {
     Kind.BINARY: "bernoulli",
     Kind.LEVELS: "binomial",
     Kind.UNIT_INTERVAL: "normal",
     Kind.REAL: "normal",
 }
-EPOCHS = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where training diverged; 2 for a user's mistake; 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    args = parser(COMMANDS).parse_args(argv)
     warnings.showwarning = _show_warning
     try:
         args.run_command(args)
@@ -81,6 +70,11 @@ def _train(args: argparse.Namespace) -> None:
                 "it in Python by fit(..., resume=True)."
             )
         epochs = options["epochs"] if args.epochs is None else args.epochs
+        if options["cosine"] and epochs != options["epochs"]:
+            raise ValueError(
+                f"--epochs: the run's cosine schedule ends at epoch {options['epochs']}; leave it "
+                "out, or start another run."
+            )
         args = argparse.Namespace(
             **{**options, "epochs": epochs, "out": args.resume, "resume": True}
         )
@@ -126,7 +120,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _check_alone(args: argparse.Namespace) -> None:
     """A run goes on with the options it was started with: say so before ignoring others."""
-    untouched = vars(_parser().parse_args(["train"]))
+    untouched = vars(parser(COMMANDS).parse_args(["train"]))
     free = ("resume", "epochs", "traceback")
     given = [
         f"--{key.replace('_', '-')}"
@@ -156,9 +150,9 @@ def _prepared(data: pv.Split, args: argparse.Namespace) -> pv.Split:
         return data.binarize_dynamic(seed=args.seed)
     if args.dequantize:
         return data.dequantize(seed=args.seed)
-    if data.kind is Kind.REAL and args.standardize:
-        return data.standardize()
-    return data.intensities() if args.intensities else data
+    if args.intensities:
+        return data.intensities()
+    return data.standardize() if data.kind is Kind.REAL and args.standardize else data
 
 
 def _pair(data: pv.Split, args: argparse.Namespace) -> tuple[pv.Model, pv.Guide]:
@@ -240,7 +234,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if "bits_per_dim" in summary:
         print(f"  {figure('bits_per_dim'):.4f} bits per dimension")
-    print(f"  ELBO {figure('elbo'):.3f}")
+    print(f"  {'bound' if quantity == 'score' else 'ELBO'} {figure('elbo'):.3f}")
     print(f"  ESS median {figure('ess_median'):.1f}, lowest {figure('ess_min'):.1f}")
     for sentence in summary["preparation"]:
         print(f"  {sentence}")
@@ -254,7 +248,8 @@ def _sample(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else run.path / "generated.npy"
     if out.suffix != ".npy":
         raise ValueError(f"--out: expected a path that ends in .npy, got {out}.")
-    np.save(out, data.cpu().numpy())
+    with atomically(out) as file:
+        np.save(file, data.cpu().numpy())
     shape = run.config["data"].get("image_shape")
     picture = plots.save(plots.samples(data.cpu(), shape), out.with_suffix(".png"))
     what = "draws from" if args.draw else "means of"
@@ -272,102 +267,7 @@ def _report(args: argparse.Namespace) -> None:
     print(draw_run(run, model, guide))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pyro-vae", description=pv.__doc__)
-    parser.add_argument(
-        "--traceback", action="store_true", help="show the whole traceback of an error"
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
-
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, formatter_class=with_defaults)
-        made.set_defaults(run_command=function)
-        return made
-
-    _add_train_options(command("train", _train, "train a pair and leave a run directory"))
-
-    evaluate = command("evaluate", _evaluate, "estimate the log-evidence of held-out data")
-    evaluate.add_argument("run", metavar="RUN", help="run directory")
-    evaluate.add_argument("--num-particles", type=int, default=5000, help="weights per datum")
-    evaluate.add_argument(
-        "--part", choices=("test", "valid", "train", "all"), default="test", help="data"
-    )
-    evaluate.add_argument("--limit", type=int, help="judge so many data, spread evenly")
-    evaluate.add_argument("--data", help="path of the data, where the run can't load them itself")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the particles")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
-
-    sample = command("sample", _sample, "generate data from the prior")
-    sample.add_argument("run", metavar="RUN", help="run directory")
-    sample.add_argument("--num", type=_positive, default=64, help="number of data")
-    sample.add_argument("--draw", action="store_true", help="draw from p(x|z), not its mean")
-    sample.add_argument("--seed", type=int, default=0, help="seed")
-    sample.add_argument("--out", help="an .npy file; in the run directory if not given")
-
-    report = command("report", _report, "draw a run's pictures and write its report anew")
-    report.add_argument("run", metavar="RUN", help="run directory")
-    return parser
-
-
-def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        help="digits, mnist, fashion_mnist, binarized_mnist, frey_faces, or an .npy or .npz file",
-    )
-    add("--root", help="folder of the data set's files; downloads go to the user's cache without")
-    add(
-        "--binarize",
-        choices=("no", "threshold", "static", "dynamic"),
-        default="no",
-        help="levels to bits",
-    )
-    add("--dequantize", action="store_true", help="add uniform noise to levels")
-    add(
-        "--standardize",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="shift and scale real values; figures are of the values as they were",
-    )
-    add("--intensities", action="store_true", help="grey levels as if they were bits: no log p(x)")
-
-    add = parser.add_argument_group("pair").add_argument
-    add("--likelihood", choices=("auto", *LIKELIHOODS), default="auto", help="auto: by the values")
-    add("--scale", type=float, default=1.0, help="scale of fixed_normal and fixed_laplace")
-    add("--min-scale", type=float, default=1e-3, help="least scale of normal and laplace")
-    add("--latent-dim", type=_positive, default=20, help="number of latent dimensions")
-    add("--network", choices=("mlp", "gated_mlp", "conv"), default="mlp", help="networks")
-    add(
-        "--hidden-dims",
-        type=_positive,
-        nargs="+",
-        default=[400],
-        help="widths of the hidden layers",
-    )
-    add("--activation", choices=tuple(ACTIVATIONS), default="softplus", help="of mlp and conv")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help=f"passes over the training data, in all ({EPOCHS} if not given)")
-    add("--batch-size", type=int, default=100, help="data per step")
-    add("--learning-rate", type=float, default=1e-3, help="of Adam")
-    add("--cosine", action="store_true", help="let the learning rate fall to 0 on a cosine")
-    add("--analytic-kl", action=argparse.BooleanOptionalAction, default=True, help="closed-form KL")
-    add("--num-particles", type=_positive, default=1, help="draws per datum and step")
-    add("--kl-weight", type=float, default=1.0, help="weight of the KL")
-    add("--warmup", type=int, default=0, help="epochs in which the KL weight rises")
-    add("--max-grad-norm", type=float, help="clip the gradient's norm")
-    add("--patience", type=int, help="stop after so many epochs without a better validation bound")
-    add("--seed", type=int, default=0, help="seed of everything")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
-    add("--out", metavar="RUN", help="run directory to make")
-    add("--resume", metavar="RUN", help="go on with a run; only --epochs may be given with it")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+COMMANDS = {"train": _train, "evaluate": _evaluate, "sample": _sample, "report": _report}
 
 
 def _show_warning(message: Any, *_: Any) -> None:

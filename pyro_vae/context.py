@@ -3,15 +3,17 @@
 Everything here is a context or a pure function; nothing stays changed behind the caller's back.
 """
 
+import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_rest", "device_of", "forked", "on_device", "seeded"]
+__all__ = ["at_rest", "device_of", "forked", "modules_of", "on_device", "seeded"]
 
 
 @contextmanager
@@ -59,8 +61,8 @@ def _gpus_in_use() -> list[torch.device]:
 
 @contextmanager
 def at_rest(*programs: Callable[..., Any]) -> Iterator[None]:
-    """No gradients, and every module among the programs in evaluation mode, then as before."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    """No gradients, and every module of the programs in evaluation mode, then as before."""
+    modules = [m for p in programs for root in modules_of(p).values() for m in root.modules()]
     training = [m.training for m in modules]
     try:
         for module in modules:
@@ -70,6 +72,37 @@ def at_rest(*programs: Callable[..., Any]) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
+
+
+def modules_of(program: Callable[..., Any]) -> dict[str, nn.Module]:
+    """The modules of a program: itself, or what a function reaches by name.
+
+    A function that registers its networks by ``pyro.module`` says nothing of them to the outside:
+    they are looked for in its closure, among the globals that it names, and in the object whose
+    method it is.
+
+    Args:
+        program: A Pyro program.
+
+    Returns:
+        The modules by name; "" is the program itself.
+    """
+    while isinstance(program, functools.partial):
+        program = program.func
+    if isinstance(program, nn.Module):
+        return {"": program}
+    owner = getattr(program, "__self__", None)
+    function = inspect.unwrap(getattr(program, "__func__", program))
+    code = getattr(function, "__code__", None)
+    named: dict[str, Any] = (
+        {} if owner is None else {"self": owner, **getattr(owner, "__dict__", {})}
+    )
+    if code is not None:
+        named |= {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # a cell that is still empty
+                named[name] = cell.cell_contents
+    return {name: thing for name, thing in named.items() if isinstance(thing, nn.Module)}
 
 
 def device_of(*programs: Callable[..., Any]) -> torch.device | None:

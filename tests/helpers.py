@@ -106,6 +106,17 @@ def bits(size: int = 20, dim: int = 9) -> Tensor:
     return torch.rand(size, dim).round()
 
 
+def logits(likelihood: Any) -> Tensor:
+    """The logits (*batch, D) of a Bernoulli likelihood."""
+    return likelihood.base_dist.logits
+
+
+def same_normal(one: Any, other: Any) -> bool:
+    """Whether two normals over D dimensions are equal to the last bit."""
+    one, other = one.base_dist, other.base_dist
+    return torch.equal(one.loc, other.loc) and torch.equal(one.scale, other.scale)
+
+
 # --- pairs of every kind that a user may write, in float64; each call makes (model, guide, args)
 
 Made = tuple[Any, Any, tuple[Any, ...]]

@@ -1,13 +1,15 @@
 """What is borrowed from torch's global state is given back."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
-from pyro_vae.context import at_rest, device_of, forked, on_device, seeded
+from pyro_vae.context import at_rest, device_of, forked, modules_of, on_device, seeded
 
 
 def draw(*seed: int) -> torch.Tensor:
@@ -180,3 +182,26 @@ def test_tensors_among_arguments_are_moved_and_the_rest_is_left():
     assert same is label
     assert on_device([x, label], None) == (x, label)
     assert on_device((x,), torch.device("cpu"))[0] is x
+
+
+def test_networks_of_functions_are_at_rest_too():
+    """Dropout in a network that a function registers must not be active in an evaluation."""
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2))
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return network(x)
+
+    class Owner:
+        def __init__(self) -> None:
+            self.network = network
+
+        def program(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x)
+
+    for found in (program, Owner().program, partial(program), poutine.trace(program)):
+        assert network in modules_of(found).values()
+        with at_rest(found):
+            assert not network[0].training
+        assert network[0].training
+    assert modules_of(network) == {"": network}
+    assert modules_of(print) == {}

@@ -22,7 +22,8 @@ ALLOWED = {
     "evidence": {"context", "inference"},
     "runs": BELOW_RUNS,
     "__init__": BELOW_RUNS | {"runs"},
-    "cli": BELOW_RUNS | {"runs", "__init__"},
+    "options": set(),
+    "cli": BELOW_RUNS | {"runs", "options", "__init__"},
 }
 
 

@@ -1,92 +1,19 @@
-"""Epochs: every datum, the right sums, resumption bit for bit, and a way back from NaN."""
+"""Epochs: every datum, the right sums, schedules, and the best parameters."""
 
-import copy
-import io
 import math
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import pyro.optim
 import pytest
 import torch
-from helpers import TutorialPair, bernoulli_pair, double_bits, leaves, store_pair
+from helpers import leaves
+from loop_runs import BATCH, NUM_TRAIN, SCHEDULES, adam, data, loop_of, run_epochs, sgd, values
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import pyro_vae as pv
 from pyro_vae.inference.loop import Loop
-
-optim: Any = pyro.optim
-
-NUM_TRAIN, BATCH = 23, 10  # 10 + 10 + 3
-
-
-def library() -> tuple[Any, Any]:
-    return bernoulli_pair()
-
-
-def tutorial() -> tuple[Any, Any]:
-    pair = TutorialPair()
-    return pair.model, pair.guide
-
-
-def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-def sgd(rate: float, **options: Any) -> Any:
-    return lambda parameters: torch.optim.SGD(parameters, lr=rate, **options)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    train, valid = (torch.rand(n, 9, generator=generator).round() for n in (NUM_TRAIN, 7))
-    return train, valid
-
-
-def loop_of(
-    make: Any = library,
-    optimizer: Any = adam,
-    loss: Any = None,
-    schedule: Any = None,
-    **options: Any,
-) -> Loop:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model, guide = make()
-    train, valid = data()
-    svi = pv.SVI(model, guide, optimizer, loss=loss)
-    svi.setup(train[:BATCH])
-    scheduler = None if schedule is None else schedule(svi.optimizer)
-    pyro.set_rng_seed(1)
-    options = {"batch_size": BATCH, "seed": 5} | options
-    return Loop(svi, (train,), (valid,), scheduler=scheduler, **options)
-
-
-def values(loop: Loop) -> dict[str, Tensor]:
-    found = leaves(loop.svi.model, loop.svi.guide)
-    return {name: leaf.detach().clone() for name, leaf in found.items()}
-
-
-def without_seconds(loop: Loop) -> list[str]:
-    """The records to the last digit; as text, in which NaN equals NaN."""
-    return [repr({k: v for k, v in r.items() if k != "seconds"}) for r in loop.records]
-
-
-def run_epochs(loop: Loop, epochs: int) -> None:
-    for _ in range(epochs):
-        loop.run_epoch()
-
-
-def written(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as a run directory keeps it: nothing is executed when it is read."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
 
 # --- the KL weight's schedule
 
@@ -218,87 +145,6 @@ def test_data_are_refreshed_in_every_minibatch():
     assert [len(c) for c in calls] == [10, 10, 3]
 
 
-# --- resumption
-
-OPTIMIZERS: dict[str, Any] = {
-    "adam": lambda: adam,
-    "pyro": lambda: optim.ClippedAdam({"lr": 1e-2}),
-    "momentum": lambda: sgd(1e-3, momentum=0.9),
-}
-SCHEDULES: dict[str, Any] = {
-    "constant": None,
-    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, T_max=5),
-    "plateau": lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0),
-}
-COMBINATIONS = [
-    ("adam", "constant"),
-    ("adam", "cosine"),
-    ("adam", "plateau"),
-    ("pyro", "constant"),
-    ("momentum", "cosine"),
-]
-
-
-@pytest.mark.parametrize("stop", [(0, 1), (1, 0), (1, 2), (3, 0)], ids=str)
-@pytest.mark.parametrize(("optimizer", "schedule"), COMBINATIONS)
-@pytest.mark.parametrize("make", [library, tutorial])
-def test_a_resumed_run_is_the_run_that_never_stopped(make, optimizer, schedule, stop):
-    def refresh(x: Tensor) -> Tensor:  # dynamic binarization: noise in the data
-        return torch.rand_like(x).lt(0.2 + 0.6 * x).to(x.dtype)
-
-    def fresh() -> Loop:
-        return loop_of(
-            make,
-            OPTIMIZERS[optimizer](),
-            schedule=SCHEDULES[schedule],
-            refresh=refresh,
-            weight=pv.warmup(3),
-        )
-
-    straight = fresh()
-    run_epochs(straight, 4)
-    expected, records = values(straight), without_seconds(straight)
-
-    first = fresh()
-    epochs, steps = stop
-    run_epochs(first, epochs)
-    if steps:
-        assert not first.run_epoch(lambda loss: first.step == steps)
-    state = written(first.state_dict())
-
-    second = fresh()
-    torch.manual_seed(99)
-    second.load_state_dict(state)
-    assert (second.epoch, second.step) == stop
-    while second.epoch < 4:
-        assert second.run_epoch()
-    assert without_seconds(second) == records
-    for name, value in values(second).items():
-        assert torch.equal(value, expected[name]), name
-    assert second.best is not None
-    assert straight.best is not None
-    assert second.best["epoch"] == straight.best["epoch"]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_going_back_in_the_same_process_goes_the_same_way_again(optimizer):
-    loop = loop_of(optimizer=OPTIMIZERS[optimizer]())
-    loop.run_epoch()
-    state = copy.deepcopy(loop.state_dict())
-    loop.run_epoch()
-    expected, records = values(loop), without_seconds(loop)
-    loop.load_state_dict(state)
-    loop.run_epoch()
-    assert without_seconds(loop) == records
-    assert all(torch.equal(value, expected[name]) for name, value in values(loop).items())
-
-
-def test_a_stop_asked_for_at_the_last_step_lets_the_epoch_end():
-    loop = loop_of()
-    assert loop.run_epoch(lambda loss: loop.step == 3)
-    assert (loop.epoch, loop.step) == (1, 0)
-
-
 # --- schedules and the best parameters
 
 
@@ -349,85 +195,3 @@ def test_a_loss_that_hides_its_parts_is_logged_as_a_loss():
     assert math.isnan(record["elbo"])
     assert 0 < record["loss"] < 20
     assert -20 < record["valid_elbo"] < 0
-
-
-# --- divergence
-
-
-def assert_restored(loop: Loop, before: dict[str, Tensor]) -> None:
-    assert loop.step == 0
-    for name, value in values(loop).items():
-        assert torch.equal(value, before[name]), name
-
-
-@pytest.mark.parametrize("make", [library, tutorial])
-def test_a_learning_rate_of_a_million_is_told_from_a_result(make):
-    loop = loop_of(make, sgd(1e6))
-    before = values(loop)
-    message = r"in epoch 1, step [23]: .*site '(z|latent|x|obs)'"
-    with pytest.raises(pv.DivergedError, match=message):
-        run_epochs(loop, 3)
-    assert_restored(loop, before)
-    assert loop.records == []
-
-
-def breaking() -> tuple[Any, Any]:
-    """A foreign pair whose model takes the logarithm of a negative number at a huge datum."""
-    model, guide, _ = store_pair()
-
-    def fragile(x: Tensor) -> None:
-        model(x)
-        level = torch.tensor(1.0 if x.sum() < 1e6 else -1.0)
-        with pyro.plate("more data", len(x)):
-            pyro.sample("y", dist.Normal(level.log(), 1.0), obs=torch.zeros(len(x)))
-
-    return fragile, guide
-
-
-@pytest.mark.parametrize("bad", [0, 13, 22])
-def test_a_bad_datum_in_a_later_epoch_is_found_and_the_epoch_undone(bad):
-    model, guide = breaking()
-    train = double_bits(NUM_TRAIN)
-    svi = pv.SVI(model, guide, adam)
-    svi.setup(train[:BATCH])
-    loop = Loop(svi, (train,), (train.clone(),), batch_size=BATCH, seed=5)
-    loop.run_epoch()
-    before, records, noise = values(loop), without_seconds(loop), torch.get_rng_state()
-    optimizer: Any = svi.optimizer
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    train[bad] = 1e7
-    with pytest.raises(pv.DivergedError, match=r"in epoch 2, step \d: site '(x|y|z)'") as caught:
-        loop.run_epoch()
-    assert "back at the end of epoch 1" in str(caught.value)
-    assert_restored(loop, before)
-    assert without_seconds(loop) == records
-    assert torch.equal(torch.get_rng_state(), noise)
-    after = optimizer.state_dict()["state"]
-    for key, slots in state.items():
-        assert all(torch.equal(slots[k], after[key][k]) for k in slots)
-    train[bad] = 1.0  # mended, training goes on
-    assert loop.run_epoch()
-
-
-def test_an_infinite_last_step_of_an_epoch_is_undone_before_anyone_saves_it():
-    """One step an epoch: no later loss of that epoch shows what the step has done."""
-    loop = loop_of(batch_size=NUM_TRAIN, optimizer=sgd(1e38))
-    before = values(loop)
-    with pytest.raises(pv.DivergedError):
-        run_epochs(loop, 3)
-    assert loop.best is None or math.isfinite(loop.best["valid_elbo"])
-    assert_restored(loop, before)
-
-
-def test_huge_parameters_whose_loss_is_not_finite_are_not_the_last_good_ones():
-    """After the only step of epoch 1 they are finite, but no loss is."""
-    loop = loop_of(tutorial, batch_size=NUM_TRAIN, optimizer=sgd(1e6))
-    with pytest.raises(pv.DivergedError):
-        run_epochs(loop, 3)
-    assert loop.svi.evaluate_loss(data()[0]).isfinite()
-
-
-def test_a_state_of_another_pair_is_refused():
-    state = written(loop_of().state_dict())
-    with pytest.raises(ValueError, match="the checkpoint is of another pair"):
-        loop_of(tutorial).load_state_dict(state)

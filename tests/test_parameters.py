@@ -148,3 +148,35 @@ def test_the_stored_params_of_another_pair_are_refused(names, message):
     parameters = stored_pair({"a": torch.zeros(2)})
     with pytest.raises(ValueError, match=message):
         parameters.load_state_dict(other)
+
+
+def test_buffers_of_networks_that_functions_register_are_kept():
+    """The running statistics of a batch norm stand in no parameter store."""
+
+    def pair() -> tuple[Any, Any, Any]:
+        pyro.clear_param_store()
+        norm = torch.nn.BatchNorm1d(9)
+
+        def model(x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                loc = z.sum(-1, keepdim=True).expand(-1, 9)
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+        def guide(x: torch.Tensor) -> None:
+            pyro.module("norm", norm)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(norm(x)[:, :2], 1.0).to_event(1))
+
+        return norm, model, guide
+
+    norm, model, guide = pair()
+    svi = pv.SVI(model, guide, lambda params: torch.optim.Adam(params))
+    svi.step(3.0 + torch.randn(50, 9))
+    saved = copy.deepcopy(svi.parameters.state_dict())
+    again, model, guide = pair()
+    svi = pv.SVI(model, guide, lambda params: torch.optim.Adam(params))
+    svi.setup(torch.randn(50, 9))
+    svi.parameters.load_state_dict(saved)
+    assert again.running_mean.abs().min() > 0.1
+    assert torch.equal(again.running_mean, norm.running_mean)

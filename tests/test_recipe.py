@@ -293,6 +293,7 @@ def test_loading_a_description_draws_nothing_but_initial_values():
 def test_a_part_that_was_replaced_has_no_recipe():
     """The old part would be saved under the new one's parameters: a silent swap of the family."""
     model, _ = bernoulli_pair()
-    model.likelihood.family = pv.families.fixed_normal
+    likelihood: Any = model.likelihood
+    likelihood.family = pv.families.fixed_normal
     with pytest.raises(NotDescribedError, match=r"likelihood\.family was replaced"):
         describe(model)

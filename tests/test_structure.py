@@ -249,7 +249,10 @@ def test_a_likelihood_of_another_size_is_named_by_its_site():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (0.5, r"site 'x': 1 of 20 observed values lie outside the support .* Bernoulli; .* 0 to 1"),
+        (
+            0.5,
+            r"site 'x': 1 of 20 observed data have values outside .* Bernoulli; .* 0 to 1",
+        ),
         (2.0, r"site 'x': 1 of 20 .* range from 0 to 2"),
         (math.nan, r"site 'x': the observed value has NaN"),
         (math.inf, r"site 'x': the observed value has NaN or infinite"),

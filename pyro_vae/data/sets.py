@@ -111,9 +111,7 @@ def restore(description: Mapping[str, Any]) -> Split:
     """
     source, name = description["source"], description["name"]
     if source is None:
-        raise ValueError(
-            f"data: {name} came from memory and was not kept; pass the data that it was made from"
-        )
+        raise ValueError(f"data: {name} came from memory and no copy was kept; pass the data again")
     split = load_data(**source)
     for step, arguments in description["steps"]:
         if step not in PREPARATIONS:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_vae.context import modules_of
 from pyro_vae.inference.handlers import Program, Trace
 
 __all__ = ["Parameters"]
@@ -29,6 +30,14 @@ class Parameters:
             role: program
             for role, program in (("model", model), ("guide", guide))
             if isinstance(program, nn.Module)
+        }
+        # Networks that functions register by pyro.module: their buffers stand in no store.
+        self._buffers = {
+            f"{role}.{name}.{key}": buffer
+            for role, program in (("model", model), ("guide", guide))
+            if role not in self.modules
+            for name, module in modules_of(program).items()
+            for key, buffer in module.named_buffers()
         }
         self.named: dict[str, Tensor] = {}
         self._stored: dict[str, Tensor] = {}
@@ -66,10 +75,11 @@ class Parameters:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to restore the pair: modules with their buffers, and stored params."""
+        """Everything needed to restore the pair: modules, stored params, and other buffers."""
         return {
             "modules": {role: module.state_dict() for role, module in self.modules.items()},
             "params": {name: leaf.detach() for name, leaf in self._stored.items()},
+            "buffers": dict(self._buffers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,12 +98,16 @@ class Parameters:
             _check_names(role, set(own), set(saved))
             for name, tensor in own.items():
                 _check_shape(f"{role}.{name}", tensor, saved[name])
-        for name, leaf in self._stored.items():
-            _check_shape(name, leaf, state["params"][name])
+        _check_names("buffers", set(self._buffers), set(state["buffers"]))
+        for where, own in (("params", self._stored), ("buffers", self._buffers)):
+            for name, tensor in own.items():
+                _check_shape(name, tensor, state[where][name])
         for role, module in self.modules.items():
             module.load_state_dict(state["modules"][role])
         for name, leaf in self._stored.items():
             leaf.data.copy_(state["params"][name])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state["buffers"][name])
 
 
 def _constrained(value: Any) -> bool:

@@ -186,7 +186,7 @@ def _check_observed(name: str, site: Site) -> None:
     inside = fn.support.check(value)
     if not inside.all():
         raise ValueError(
-            f"site {name!r}: {int((~inside).sum())} of {inside.numel()} observed values lie "
+            f"site {name!r}: {int((~inside).sum())} of {inside.numel()} observed data have values "
             f"outside the support {fn.support} of {kind_of(fn)}; they range from "
             f"{value.min().item():g} to {value.max().item():g}. Use a likelihood that is a density "
             "for such data, or prepare the data (binarize, dequantize). Under "

@@ -52,7 +52,9 @@ class Run:
             OSError: It can't be made or written to.
         """
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and not run.path.is_dir():
+            raise FileExistsError(f"out: {run.path} is a file; give a directory.")
+        if run.path.exists() and any(run.path.iterdir()):
             raise FileExistsError(
                 f"out: {run.path} exists and is not empty; give another directory, or go on with "
                 "the run in it by resume=True (--resume on the command line)."

@@ -63,7 +63,7 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
         if recipe is None:
             raise ValueError(
                 f"{folder.path}: the pair has parts that pyro_vae did not make, so it can't be "
-                "built from the run alone; build it as before and pass model= and guide=."
+                "built from the run alone; build it as before and pass model= and guide= in Python."
             )
         with seeded(0):  # initial values are drawn, to be replaced: not from the caller's stream
             model, guide = build(recipe)
