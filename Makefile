@@ -23,7 +23,7 @@ test-slow: $(VENV)/.installed  ## what takes minutes
 check: $(VENV)/.installed  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --venvpath .
+	$(BIN)/pyright
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

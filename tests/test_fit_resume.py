@@ -217,7 +217,7 @@ def test_the_run_says_how_it_was_made(tmp_path):
     assert config["options"]["epochs"] == 2
     assert config["options"]["loss"] == "TraceMeanField_ELBO"
     assert config["options"]["lr_schedule"] == "LambdaLR"
-    assert config["options"]["kl_weight"] == [1 / 3, 2 / 3]
+    assert config["options"]["kl_weight"] == {"first": 1 / 3, "last": 2 / 3}
     pair = dropout_pair()
     assert config["parameters"] == sum(p.numel() for half in pair for p in half.parameters())
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2

@@ -186,7 +186,7 @@ def fit(
                 "batch_size": batch_size,
                 "seed": seed,
                 "lr_schedule": None if loop.scheduler is None else _name(loop.scheduler),
-                "kl_weight": weights,
+                "kl_weight": {"first": weights[0], "last": weights[-1]},
                 "max_grad_norm": max_grad_norm,
                 "patience": patience,
                 "device": str(target),
