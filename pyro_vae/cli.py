@@ -248,8 +248,12 @@ def _sample(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else run.path / "generated.npy"
     if out.suffix != ".npy":
         raise ValueError(f"--out: expected a path that ends in .npy, got {out}.")
+    array = data.cpu().double().numpy()
+    for step, options in run.config["data"]["steps"]:
+        if step == "standardize":
+            array = array * np.array(options["scale"]) + np.array(options["loc"])
     with atomically(out) as file:
-        np.save(file, data.cpu().numpy())
+        np.save(file, array)
     shape = run.config["data"].get("image_shape")
     picture = plots.save(plots.samples(data.cpu(), shape), out.with_suffix(".png"))
     what = "draws from" if args.draw else "means of"

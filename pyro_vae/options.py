@@ -33,7 +33,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         "--traceback", action="store_true", help="show the whole traceback of an error"
     )
     subparsers = whole.add_subparsers(required=True, metavar="COMMAND")
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    with_defaults = _WithDefaults
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         made = subparsers.add_parser(
@@ -46,7 +46,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
 
     evaluate = command("evaluate", "estimate the log-evidence of held-out data")
     evaluate.add_argument("run", metavar="RUN", help="run directory")
-    evaluate.add_argument("--num-particles", type=int, default=5000, help="weights per datum")
+    evaluate.add_argument("--num-particles", type=_positive, default=5000, help="weights per datum")
     evaluate.add_argument(
         "--part", choices=("test", "valid", "train", "all"), default="test", help="data"
     )
@@ -65,6 +65,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     report = command("report", "draw a run's pictures and write its report anew")
     report.add_argument("run", metavar="RUN", help="run directory")
     return whole
+
+
+class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +112,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--activation", choices=tuple(ACTIVATIONS), default="softplus", help="of mlp and conv")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help=f"passes over the training data, in all ({EPOCHS} if not given)")
-    add("--batch-size", type=int, default=100, help="data per step")
+    add("--epochs", type=int, help=f"passes over the training data, in all (default: {EPOCHS})")
+    add("--batch-size", type=_positive, default=100, help="data per step")
     add("--learning-rate", type=float, default=1e-3, help="of Adam")
     add("--cosine", action="store_true", help="let the learning rate fall to 0 on a cosine")
     add("--analytic-kl", action=argparse.BooleanOptionalAction, default=True, help="closed-form KL")

@@ -36,7 +36,7 @@ def test_a_directory_in_use_is_refused(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(FileExistsError, match=r"^out: .* exists and is not empty; give another"):
         Run.create(tmp_path)
-    with pytest.raises(FileExistsError, match=r"^out: .*x exists"):
+    with pytest.raises(FileExistsError, match=r"^out: .*x is a file; give a directory"):
         Run.create(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 

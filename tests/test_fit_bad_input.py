@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from fit_pairs import dynamic, fit, parameters, same
-from helpers import LinearGaussian, bernoulli_pair
+from helpers import LinearGaussian, bernoulli_pair, bits
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -162,3 +163,35 @@ def test_a_directory_that_cannot_be_made_is_named_before_training(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^out: can't write to .*file/run \(Not a directory\)"):
         fit(*bernoulli_pair(), X, out=tmp_path / "file" / "run")
+
+
+def test_a_swapped_model_and_guide_are_refused():
+    model, guide = bernoulli_pair()
+    with pytest.raises(ValueError, match=r"fit: the model observes nothing.*in their order"):
+        pv.fit(guide, model, bits(40), epochs=1, batch_size=20, progress=False)
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_value_outside_the_support_is_found_wherever_it_stands(part):
+    data = {"train": bits(400), "valid": bits(400)}
+    data[part][333, 4] = 0.5
+    with pytest.raises(ValueError, match=r"site 'x': 1 of .* observed data have values outside"):
+        pv.fit(
+            *bernoulli_pair(),
+            data["train"],
+            valid=data["valid"],
+            epochs=1,
+            batch_size=20,
+            progress=False,
+        )
+
+
+def test_another_precision_than_the_pairs_is_named():
+    message = r"argument 0 of the pair is torch.float64, .* parameters are torch.float32; convert"
+    with pytest.raises(ValueError, match=message):
+        pv.fit(*bernoulli_pair(), bits(40).double(), epochs=1, batch_size=20, progress=False)
+
+
+def test_the_class_of_a_loss_is_no_loss():
+    with pytest.raises(TypeError, match=r"loss: expected a Pyro ELBO such as Trace_ELBO\(\)"):
+        pv.SVI(*bernoulli_pair(), torch.optim.Adam, loss=TraceMeanField_ELBO)

@@ -215,7 +215,7 @@ def test_the_run_says_how_it_was_made(tmp_path):
     assert config["notes"] == {"why": ["a test"]}
     assert config["data"]["steps"] == [["binarize_dynamic", {"seed": 0}]]
     assert config["options"]["epochs"] == 2
-    assert config["options"]["loss"] == "TraceMeanField_ELBO"
+    assert config["options"]["loss"] == "TraceMeanField_ELBO(num_particles=2)"
     assert config["options"]["lr_schedule"] == "LambdaLR"
     assert config["options"]["kl_weight"] == {"first": 1 / 3, "last": 2 / 3}
     pair = dropout_pair()

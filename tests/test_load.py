@@ -71,8 +71,8 @@ def test_a_pair_of_the_librarys_pieces_is_built_again_from_the_run_alone(make, t
     assert torch.get_rng_state().equal(before)
     assert equal(values(model), values(pair[0]))
     assert equal(values(guide), values(pair[1]))
-    assert not model.training
-    assert not guide.training
+    assert model.training  # as it was made: whoever goes on training need not know of eval()
+    assert guide.training
     for draw in (False, True):
         again = pv.reconstruct(model, guide, x, draw=draw)
         assert again.equal(pv.reconstruct(*pair, x, draw=draw))
@@ -227,3 +227,19 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / "run" / "checkpoint.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt does not exist"):
         pv.load(tmp_path / "run")
+
+
+def test_an_older_network_in_the_store_is_not_loaded_in_place_of_the_pairs_own(tmp_path):
+    """A notebook trains, makes its pair again, and loads: the new pair would stay untrained."""
+    run = tmp_path / "run"
+    first = TutorialPair()
+    pv.fit(first.model, first.guide, bits(40), epochs=1, batch_size=20, out=run, progress=False)
+    again = TutorialPair()
+    with pytest.raises(
+        ValueError, match=r"older network under the name '(en|de)coder'.*clear_param"
+    ):
+        pv.load(run, model=again.model, guide=again.guide)
+    pyro.clear_param_store()
+    pv.load(run, model=again.model, guide=again.guide)
+    for loaded, trained in zip(again.decoder.parameters(), first.decoder.parameters(), strict=True):
+        assert torch.equal(loaded, trained)

@@ -197,7 +197,9 @@ def test_a_score_is_nowhere_called_log_evidence(tmp_path):
         assert name not in text.lower()
 
 
-@pytest.mark.parametrize("config", [{}, {"data": None, "pair": [], "options": {}, "created": 3}])
+@pytest.mark.parametrize(
+    "config", [{"data": {}}, {"data": {}, "pair": [], "options": {}, "created": 3}]
+)
 def test_missing_keys_are_left_out(config, tmp_path):
     _, text = read(write_report(make_run(tmp_path, config, [{}, {"epoch": 2}], {"seed": None})))
     assert "seed none" in text

@@ -7,6 +7,7 @@ the values as they were.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -131,26 +132,41 @@ class Preparable:
             **parts,
         )
 
-    def standardize(self) -> Self:
-        r"""Shift and scale every dimension: y = (x - m) / s with mean m and deviation s of `train`.
+    def standardize(
+        self, *, loc: Sequence[float] | None = None, scale: Sequence[float] | None = None
+    ) -> Self:
+        r"""Shift and scale every dimension: y = (x - m) / s.
 
         The density of x is that of y divided by \prod_d s_d, so that `log_jacobian` is
-        -\sum_d log s_d, in nats per datum, and log p(y) + `log_jacobian` is log p(x) exactly. A
-        dimension that never changes in `train` keeps its scale, s = 1.
+        -\sum_d log s_d, in nats per datum, and log p(y) + `log_jacobian` is log p(x) exactly. What
+        a model generates is in units of y; m and s stand in `steps`.
+
+        Args:
+            loc: m, a number a dimension; by default the mean of `train`. To prepare new data like
+                old ones, give the old numbers.
+            scale: s, likewise; by default the deviation of `train`, and 1 for a dimension that
+                never changes there.
         """
         self._require("standardize", Kind.UNIT_INTERVAL, Kind.REAL)
-        loc, scale = self.train.double().mean(0), self.train.double().std(0, correction=0)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        parts = {part: ((getattr(self, part) - loc) / scale).float() for part in PARTS}
+        train = self.train.double()
+        m = train.mean(0) if loc is None else train.new_tensor(loc)
+        s = train.std(0, correction=0) if scale is None else train.new_tensor(scale)
+        if m.shape != train.shape[1:] or s.shape != train.shape[1:]:
+            raise ValueError(
+                f"loc, scale: expected {train.shape[1]} numbers each, one for each dimension, got "
+                f"shapes {tuple(m.shape)} and {tuple(s.shape)}"
+            )
+        s = torch.where(s > 0, s, torch.ones_like(s))
+        parts = {part: ((getattr(self, part) - m) / s).float() for part in PARTS}
         sentence = (
             "every dimension shifted and scaled by mean and deviation of the training data; "
             "figures are densities of the values as they were"
         )
         return self._prepared(
-            ("standardize", {}),
+            ("standardize", {"loc": m.tolist(), "scale": s.tolist()}),
             sentence,
             kind=Kind.REAL,
-            log_jacobian=-scale.log().sum().item(),
+            log_jacobian=-s.log().sum().item(),
             **parts,
         )
 

@@ -115,6 +115,8 @@ def log_evidence(
 
     Returns:
         The estimate, with ``value``, ``standard_error`` and ``ess`` of shape ``(N,)``, on the CPU.
+        It is of the values that are handed over: for those of a prepared ``Split``, add
+        ``data.log_jacobian`` to speak of the values as they were.
 
     Raises:
         ValueError: As ``log_weights``.
@@ -304,7 +306,8 @@ def _data_size(args: tuple[Any, ...]) -> int:
                 raise ValueError("the data are empty: expected at least one datum.")
             return len(arg)
     raise ValueError(
-        "expected data: at least one tensor of shape (N, ...) among the arguments of the pair."
+        "expected data: at least one tensor of shape (N, ...) among the arguments of the pair, "
+        f"such as data.test of a Split; got {', '.join(type(a).__name__ for a in args) or 'none'}."
     )
 
 

@@ -37,7 +37,8 @@ class kl_weight(Messenger):  # noqa: N801 - a context manager, named as Pyro nam
 
     Inside this context an ELBO is :math:`E_q[\log p(x|z)] - \beta\,E_q[\log q(z|x) - \log p(z)]`,
     whoever computes it: ``pyro_vae.SVI``, ``pyro.infer.SVI``, or a loss called by hand. Logged
-    bounds and evidence stay unweighted.
+    bounds and evidence stay unweighted. Of several handlers around a step it has to be the
+    outermost: a scale outside it would count as part of the weight.
 
     Args:
         beta: The weight, a number or a 0-d tensor, not negative.

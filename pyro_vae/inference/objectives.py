@@ -213,7 +213,7 @@ def objective_of(loss: Any) -> Objective:
             vectorize_particles=loss.vectorize_particles,
             pyro_loss=loss,
         )
-    if hasattr(loss, "loss_and_grads") or callable(loss):
+    if not isinstance(loss, type) and (hasattr(loss, "loss_and_grads") or callable(loss)):
         return Foreign(loss)
     raise TypeError(
         f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), or a function "

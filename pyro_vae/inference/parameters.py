@@ -39,6 +39,12 @@ class Parameters:
             for name, module in modules_of(program).items()
             for key, buffer in module.named_buffers()
         }
+        self._registered = [
+            module
+            for program in (model, guide)
+            if not isinstance(program, nn.Module)
+            for module in modules_of(program).values()
+        ]
         self.named: dict[str, Tensor] = {}
         self._stored: dict[str, Tensor] = {}
         self._seen: set[int] = set()
@@ -61,6 +67,10 @@ class Parameters:
 
         Returns:
             The new leaf tensors.
+
+        Raises:
+            ValueError: The parameter store holds an older network under the name of one that a
+                function registers.
         """
         new = []
         for name, site in trace.nodes.items():
@@ -72,7 +82,30 @@ class Parameters:
             self._seen.add(id(leaf))
             self._stored[name] = self.named[name] = leaf
             new.append(leaf)
+        if new:
+            self._check_registered()
         return new
+
+    def _check_registered(self) -> None:
+        """Refuse to train or load the tensors of an older network in place of the pair's own."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, leaf in self._stored.items():
+            owner, divider, key = name.partition("$$$")
+            if divider:
+                groups.setdefault(owner, {})[key] = leaf
+        stored = {id(leaf) for leaf in self._stored.values()}
+        for module in self._registered:
+            own = dict(module.named_parameters())
+            if not own or any(id(parameter) in stored for parameter in own.values()):
+                continue
+            for owner, leaves in groups.items():
+                shapes = {key: leaf.shape for key, leaf in leaves.items()}
+                if shapes == {key: parameter.shape for key, parameter in own.items()}:
+                    raise ValueError(
+                        f"the parameter store holds an older network under the name {owner!r}, and "
+                        "the pair's own would stay as it is. Call pyro.clear_param_store() before "
+                        "making a new pair."
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to restore the pair: modules, stored params, and other buffers."""

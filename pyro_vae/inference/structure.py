@@ -11,7 +11,7 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 from torch.distributions import TransformedDistribution, kl_divergence
 
-from pyro_vae.context import device_of, forked
+from pyro_vae.context import device_of, forked, modules_of
 from pyro_vae.inference.handlers import (
     Program,
     Site,
@@ -126,6 +126,20 @@ def _explain(
                 f"argument {i} of the pair has {count} NaN or infinite values; remove those data, "
                 "or mask them in the model."
             ) from error
+    dtypes = {
+        parameter.dtype
+        for program in (model, guide)
+        for module in modules_of(program).values()
+        for parameter in module.parameters()
+    }
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor) and len(dtypes) == 1 and arg.dtype not in dtypes:
+            (dtype,) = dtypes
+            if i == 0 or arg.is_floating_point():
+                raise ValueError(
+                    f"argument {i} of the pair is {arg.dtype}, but the pair's parameters are "
+                    f"{dtype}; convert it by .to({dtype})."
+                ) from error
     try:  # a model that breaks on the guide's latents may do well on its own
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(model).get_trace(*args, **kwargs)

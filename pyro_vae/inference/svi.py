@@ -12,6 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vae.context import at_rest
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.objectives import Terms, objective_of
 from pyro_vae.inference.parameters import Parameters
@@ -108,7 +109,7 @@ class SVI:
         Raises:
             ValueError: Model, guide and data do not fit, or there is nothing to train.
         """
-        with torch.no_grad(), poutine.trace(param_only=True) as capture:
+        with at_rest(self.model, self.guide), poutine.trace(param_only=True) as capture:
             self.objective.prepare(self.model, self.guide, args, kwargs)
         if isinstance(self._given, PyroOptim):
             _register(self.model, self.guide)
@@ -177,6 +178,11 @@ class SVI:
             self._optimizer = self._given
         else:
             self._optimizer = self._given(params)
+            if not isinstance(self._optimizer, Optimizer):
+                raise TypeError(
+                    "SVI: expected the optimizer factory to return a torch optimizer, got "
+                    f"{self._optimizer!r}."
+                )
 
     def _take_up(self, new: list[Tensor]) -> None:
         """Train parameters that a later call of the pair has brought to light."""

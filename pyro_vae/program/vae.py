@@ -39,6 +39,11 @@ class Model(PyroModule):
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module) -> None:
         super().__init__()
+        if not isinstance(prior, nn.Module):
+            raise TypeError(
+                "Model: expected prior to be a module whose forward() returns a distribution, such "
+                f"as priors.StandardNormal(50), got {type(prior).__name__}."
+            )
         self.prior = prior
         self.likelihood = likelihood
 
@@ -246,7 +251,16 @@ def _latents(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
 
 
 def _values(trace: poutine.Trace, *, draw: bool) -> dict[str, Tensor]:
-    return {name: site["value"] if draw else site["fn"].mean for name, site in _data(trace)}
+    return {name: site["value"] if draw else _mean(name, site["fn"]) for name, site in _data(trace)}
+
+
+def _mean(name: str, distribution: Any) -> Tensor:
+    try:
+        return distribution.mean
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site {name!r}: its distribution has no mean in closed form; ask for draw=True."
+        ) from error
 
 
 def _only(program: str, by_site: dict[str, Any]) -> Any:

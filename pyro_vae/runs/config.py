@@ -1,5 +1,6 @@
 """What a run directory says of how it was made, and the data it keeps for pictures."""
 
+import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -34,8 +35,17 @@ def run_config(
         described = data.describe()
     else:
         tensors = [data] if isinstance(data, Tensor) else data
-        shapes = [list(t.shape) for t in tensors]
-        described = {"name": "tensors", "source": None, "shapes": shapes, "steps": []}
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+        described = {
+            "name": "tensors",
+            "source": None,
+            "shapes": [list(t.shape) for t in tensors],
+            "steps": [],
+            "fingerprint": digest.hexdigest(),
+        }
     try:
         pair = describe(model, guide)
     except NotDescribedError:
@@ -64,13 +74,12 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The data, or an option on which every number depends, are others.
     """
-    for key in ("fingerprint", "shapes"):
-        if old["data"].get(key) != new["data"].get(key):
-            raise ValueError(
-                f"resume: the run was started with other data ({old['data'].get('name')}); go on "
-                "with the same, or start another run."
-            )
-    for key in ("loss", "batch_size", "seed"):
+    if old["data"].get("fingerprint") != new["data"]["fingerprint"]:
+        raise ValueError(
+            f"resume: the run was started with other data ({old['data'].get('name')}); go on with "
+            "the same, or start another run."
+        )
+    for key in ("loss", "lr_schedule", "batch_size", "seed", "max_grad_norm"):
         was, given = old["options"].get(key), new["options"][key]
         if was != given:
             raise ValueError(

@@ -1,8 +1,10 @@
 """Judge a run: the log-evidence of its held-out data, kept in its folder."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,8 @@ def evaluate_run(
         progress: Show a bar on a terminal, lines elsewhere (on standard error).
 
     Returns:
-        The estimate, in nats per datum of the prepared data. For dequantized levels the summary
-        adds the Jacobian, so that ``log_evidence`` there bounds log P(levels).
+        The estimate, in nats per datum of the data as they were before their preparation: that of
+        ``log_evidence`` plus ``data.log_jacobian``. For dequantized levels it bounds log P(levels).
 
     Raises:
         FileNotFoundError: The directory holds no run, or the data's files are gone.
@@ -68,6 +70,7 @@ def evaluate_run(
     config = folder.config
     if data is None:
         data = restore(config["data"])
+    _check_prepared_alike(data, config["data"])
     pair = load(run, model=model, guide=guide)
     target = resolve_device(device, *pair)
     for program in pair:
@@ -86,21 +89,23 @@ def evaluate_run(
             )
     finally:
         bar.close()
+    jacobian = data.log_jacobian if isinstance(data, Split) else 0.0
+    estimate = replace(estimate, value=estimate.value + jacobian, elbo=estimate.elbo + jacobian)
     summary = {
-        "part": part,
+        "part": part if isinstance(data, Split) else "given",
         "num_data": len(args[0]),
         **_figures(estimate, data),
         "num_particles": num_particles,
         "seed": seed,
         "seconds": time.perf_counter() - started,
         "machine": machine(target),
-        "preparation": config["data"].get("preparation", []),
+        "preparation": list(data.preparation) if isinstance(data, Split) else [],
         "versions": versions(),
     }
     arrays = {key: getattr(estimate, key) for key in ("value", "standard_error", "ess", "elbo")}
     folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
     folder.write_json("evidence.json", summary)
-    draw_evidence(folder, estimate.value + _log_jacobian(data), summary)
+    draw_evidence(folder, estimate.value, summary)
     write_report(folder.path)
     return estimate
 
@@ -108,9 +113,9 @@ def evaluate_run(
 def _rows(
     data: Split | Tensor | Sequence[Tensor], part: str, limit: int | None, seed: int
 ) -> tuple[Tensor, ...]:
+    if part not in (*PARTS, "all"):
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}, all; got {part!r}.")
     if isinstance(data, Split):
-        if part not in (*PARTS, "all"):
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}, all; got {part!r}.")
         values = {name: getattr(data, name) for name in (PARTS if part == "all" else (part,))}
         if "train" in values and data.refresh is not None:
             with seeded(seed, "train"):
@@ -127,20 +132,26 @@ def _rows(
     return tuple(t[rows] for t in tensors)
 
 
-def _log_jacobian(data: Any) -> float:
-    return data.log_jacobian if isinstance(data, Split) else 0.0
+def _check_prepared_alike(data: Any, described: dict[str, Any]) -> None:
+    """Figures of data that were prepared otherwise than the run's would be of another quantity."""
+    steps = described.get("steps", [])
+    if isinstance(data, Split) and json.loads(json.dumps(data.steps)) != steps:
+        given, trained = ([name for name, _ in s] or "nothing" for s in (data.steps, steps))
+        raise ValueError(
+            f"data: the run was trained on data prepared by {trained}, these are prepared by "
+            f"{given}, or by the same with other numbers; prepare them by the steps in the run's "
+            "config.json."
+        )
 
 
 def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
     """The figures of ``evidence.json``; every nat in it is per datum."""
-    jacobian = _log_jacobian(data)
-    log_evidence_ = estimate.mean + jacobian
     figures = {
         "quantity": "log p(x)",
-        "log_evidence": log_evidence_,
+        "log_evidence": estimate.mean,
         "mean_standard_error": estimate.mean_standard_error,
         "sampling_error": estimate.sampling_error,
-        "elbo": estimate.elbo.mean().item() + jacobian,
+        "elbo": estimate.elbo.mean().item(),
         "ess_median": estimate.ess.median().item(),
         "ess_min": estimate.ess.min().item(),
     }
@@ -151,5 +162,5 @@ def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
         if dequantized:
             figures["quantity"] = "bound on log P(x)"
         if data.kind is Kind.LEVELS or dequantized:
-            figures["bits_per_dim"] = -log_evidence_ / (data.dim * math.log(2))
+            figures["bits_per_dim"] = -estimate.mean / (data.dim * math.log(2))
     return figures

@@ -1,5 +1,6 @@
 """Fit a pair to data: the training loop with its device, run directory, stopping and resuming."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vae.context import seeded
+from pyro_vae.context import at_rest, seeded
 from pyro_vae.data import Split
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.loop import Loop, Record
+from pyro_vae.inference.structure import inspect
 from pyro_vae.inference.svi import SVI, OptimizerFactory
 from pyro_vae.runs.config import Data, continued, run_config, write_examples
 from pyro_vae.runs.device import resolve_device
@@ -93,7 +95,8 @@ def fit(
             1e-3 by default.
         epochs: Number of passes over the training data, in all: a resumed run counts on.
         batch_size: Data per step.
-        seed: Seed of the order of the data, of all noise, and of the validation noise.
+        seed: Seed of the order of the data and of all noise in training and validation. The initial
+            weights are the pair's own: call ``torch.manual_seed`` before making it.
         lr_schedule: Makes a learning-rate schedule from the optimizer; stepped once an epoch.
         kl_weight: Weight of the latent terms, or a function from the epoch (1, 2, ...) to it,
             such as ``warmup(100)``. Logged bounds are unweighted.
@@ -168,6 +171,8 @@ def fit(
         if refresh is not None:
             first = (refresh(first[0]), *first[1:])
         _set_up(svi, data, first)
+        if not isinstance(data, Split):
+            _check_values(svi, [train] if validation is None else [train, validation])
         loop = Loop(
             svi,
             train,
@@ -180,7 +185,7 @@ def fit(
         )
         if run is not None:
             options = {
-                "loss": _name(svi.objective if loss is None else loss),
+                "loss": _loss_name(Trace_ELBO() if loss is None else loss),
                 "optimizer": repr(svi.optimizer),
                 "epochs": epochs,
                 "batch_size": batch_size,
@@ -208,7 +213,15 @@ def fit(
         run=None if run is None else run.path,
     )
     if run is not None:
-        draw_run(run, model, guide)
+        try:
+            draw_run(run, model, guide)
+        except Exception as error:  # a picture must never cost a training
+            warnings.warn(
+                f"training is done and saved, but not all pictures could be drawn "
+                f"({type(error).__name__}: {error}).",
+                UserWarning,
+                stacklevel=2,
+            )
     return history
 
 
@@ -236,6 +249,11 @@ def _check_options(
 
 
 def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
+    if not isinstance(data, Tensor | tuple | list):
+        raise TypeError(
+            f"{name}: expected a Split, a tensor or a tuple of tensors, got {type(data).__name__}; "
+            "load_data makes a Split of arrays and files."
+        )
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
     if not tensors:
         raise ValueError(f"{name}: expected a tensor or a tuple of tensors, got an empty tuple.")
@@ -275,6 +293,7 @@ def _set_up(svi: SVI, data: Data, batch: tuple[Tensor, ...]) -> None:
     """Inspect the pair on a first minibatch, and hold its likelihood against the data."""
     if not isinstance(data, Split):
         svi.setup(*batch)
+        _check_observes(svi)
         return
     try:
         with pyro.validation_enabled(is_validate=data.is_density):
@@ -285,7 +304,28 @@ def _set_up(svi: SVI, data: Data, batch: tuple[Tensor, ...]) -> None:
             svi.setup(*batch)
         _check_likelihood(svi, data)
         raise
+    _check_observes(svi)
     _check_likelihood(svi, data)
+
+
+def _check_observes(svi: SVI) -> None:
+    structure = getattr(svi.objective, "structure", None)
+    if structure is not None and not structure.observed:
+        raise ValueError(
+            "fit: the model observes nothing, so there is nothing to fit; it needs a site with "
+            "obs=. Are model and guide in their order, fit(model, guide, data)?"
+        )
+
+
+def _check_values(svi: SVI, parts: Sequence[tuple[Tensor, ...]]) -> None:
+    """Hold all data against the supports of the observed sites, as a step never does."""
+    if getattr(svi.objective, "structure", None) is None:
+        return
+    for part in parts:
+        for start in range(0, len(part[0]), 1000):
+            batch = tuple(tensor[start : start + 1000] for tensor in part)
+            with at_rest(svi.model, svi.guide):
+                inspect(svi.model, svi.guide, batch, {})
 
 
 def _check_likelihood(svi: SVI, data: Split) -> None:
@@ -296,6 +336,11 @@ def _check_likelihood(svi: SVI, data: Split) -> None:
         site = structure.model_trace.nodes[name]
         if site["value"].shape[-1:] == data.train.shape[-1:] and site["mask"] is None:
             data.check_likelihood(site["fn"], name)
+
+
+def _loss_name(loss: Any) -> str:
+    particles = getattr(loss, "num_particles", 1)
+    return _name(loss) if particles == 1 else f"{_name(loss)}(num_particles={particles})"
 
 
 def _name(thing: Any) -> str:

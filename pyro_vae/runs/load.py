@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from torch import nn
 
 from pyro_vae.context import device_of, seeded
 from pyro_vae.inference.handlers import Program
@@ -36,7 +35,7 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
         guide: Its guide, likewise.
 
     Returns:
-        The pair, on the CPU if it was built here, in evaluation mode where it consists of modules.
+        The pair, on the CPU if it was built here.
 
     Raises:
         FileNotFoundError: The directory holds no run, or no checkpoint.
@@ -85,7 +84,4 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
             inspect(model, guide, tuple(args), {})
         parameters.collect(capture.trace)
     parameters.load_state_dict(saved)
-    for program in (model, guide):
-        if isinstance(program, nn.Module):
-            program.eval()
     return Pair(model, guide)

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.context import device_of, on_device, seeded
+from pyro_vae.context import at_rest, device_of, on_device, seeded
 from pyro_vae.inference.handlers import Program
 from pyro_vae.program.vae import decode, encode, generate, reconstruct
 from pyro_vae.runs import plots, tiles
@@ -160,7 +160,8 @@ def _draw_graphs(run: Run, model: Program, guide: Program, args: tuple[Tensor, .
         return
     data = on_device(tuple(a[:2] for a in args), device_of(model, guide))
     for name, program in (("graph_model.png", model), ("graph_guide.png", guide)):
-        graph: Any = pyro.render_model(program, model_args=data)
+        with at_rest(model, guide):
+            graph: Any = pyro.render_model(program, model_args=data)
         try:
             picture = graph.pipe(format="png")
         except (graphviz.ExecutableNotFound, graphviz.CalledProcessError):

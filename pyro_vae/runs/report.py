@@ -206,8 +206,8 @@ def _pictures(folder: Path, quantity: str) -> list[str]:
             content = b""
         if content.startswith(_PNG) and len(content) > 24:
             heading = heading.format(Quantity=quantity.capitalize())
-            title = name != "graph.png"
-            sections.append(picture(content, heading, caption, has_title=title))
+            titled = not name.startswith("graph_")  # graphviz draws no title into its pictures
+            sections.append(picture(content, heading, caption, has_title=titled))
         else:
             sections.append(f'<p class="note">{escape(name)} can\'t be read as a PNG.</p>')
     return sections
