@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace) -> None:
     if Path(args.data).suffix in (".npy", ".npz"):
         command["data"] = str(Path(args.data).expanduser().resolve())
     warm = pv.warmup(args.warmup) if args.warmup else lambda epoch: 1.0
-    history = pv.fit(
+    history = _fit(
         model,
         guide,
         data,
@@ -116,6 +116,17 @@ def _train(args: argparse.Namespace) -> None:
     best = f"best validation {name} {max(history['valid_elbo']):.3f} nats per datum"
     print(f"{best}, epoch {history.best_epoch} of {len(history.records)}")
     print(f"next: pyro-vae evaluate {args.out}; pictures: {Path(args.out) / 'report.html'}")
+
+
+def _fit(*pair_and_data: Any, **options: Any) -> pv.History:
+    try:
+        return pv.fit(*pair_and_data, **options)
+    except ValueError as error:
+        if "is no density for" in str(error):  # the library speaks of Python's ways out
+            error.add_note(
+                "On the command line: --likelihood, --binarize, --dequantize or --intensities."
+            )
+        raise
 
 
 def _check_alone(args: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "--binarize",
         choices=("no", "threshold", "static", "dynamic"),
         default="no",
-        help="levels to bits",
+        help="levels to bits: above half of the largest; drawn once; or drawn anew at every step",
     )
     add("--dequantize", action="store_true", help="add uniform noise to levels")
     add(
@@ -97,7 +97,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--intensities", action="store_true", help="grey levels as if they were bits: no log p(x)")
 
     add = parser.add_argument_group("pair").add_argument
-    add("--likelihood", choices=("auto", *LIKELIHOODS), default="auto", help="auto: by the values")
+    add(
+        "--likelihood",
+        choices=("auto", *LIKELIHOODS),
+        default="auto",
+        help="auto: by the values; fixed_normal is squared error, fixed_laplace absolute error",
+    )
     add("--scale", type=float, default=1.0, help="scale of fixed_normal and fixed_laplace")
     add("--min-scale", type=float, default=1e-3, help="least scale of normal and laplace")
     add("--latent-dim", type=_positive, default=20, help="number of latent dimensions")
