@@ -41,6 +41,8 @@ def section(name: str, figures: dict[str, Any]) -> str:
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         **{f"protocol: {key}": text for key, text in figures["protocol"].items()},
     }
+    if "bias" in figures:
+        facts["bias of the estimator"] = f"about {figures['bias']:.3f} nats (to second order)"
     if "bits_per_dim" in figures:
         facts["bits per dimension"] = f"{figures['bits_per_dim']:.4f}"
     return "\n".join(

@@ -241,7 +241,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"{quantity} of {judged}, {estimate.num_particles} particles each")
     print(
         f"  {figure('log_evidence'):.3f} nats per datum, +- {figure('mean_standard_error'):.3f} "
-        f"(estimator) +- {figure('sampling_error'):.3f} (test set)"
+        f"(estimator) +- {figure('sampling_error'):.3f} (test set), bias about "
+        f"{figure('bias'):.3f}"
     )
     if "bits_per_dim" in summary:
         print(f"  {figure('bits_per_dim'):.4f} bits per dimension")

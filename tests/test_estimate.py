@@ -56,3 +56,17 @@ def test_both_errors_are_printed_and_told_apart():
 def test_an_estimate_cannot_be_changed():
     with pytest.raises(AttributeError):
         estimate().num_particles = 3  # type: ignore[misc]
+
+
+def test_the_bias_is_that_of_the_logarithm_of_an_average():
+    """Weights of 1 + noise: E[log mean w] is known by the delta method and by brute force."""
+    generator = torch.Generator().manual_seed(0)
+    num_particles, num_data = 20, 40_000
+    noise = torch.rand(num_particles, num_data, generator=generator, dtype=torch.float64)
+    w = 0.5 + noise  # mean 1, so log p(x) = 0
+    mean = w.mean(0)
+    value, error = mean.log(), w.std(0) / mean / num_particles**0.5
+    estimate = pv.Estimate(value, error, error, value, num_particles=num_particles)
+    spread = value.std().item() / num_data**0.5
+    assert estimate.bias < 0
+    assert abs(estimate.mean - estimate.bias) < 4 * spread

@@ -12,7 +12,8 @@ class Estimate:
     """An estimate of log p(x) per datum, in nats, with what is needed to judge it.
 
     Two errors of the mean are told apart: ``mean_standard_error`` is the estimator's, and shrinks
-    with particles; ``sampling_error`` is the test set's, and shrinks with data.
+    with particles; ``sampling_error`` is the test set's, and shrinks with data. The mean is besides
+    too low by about ``bias``.
 
     Attributes:
         value: Estimates of log p(x), ``(N,)``, float64.
@@ -46,6 +47,15 @@ class Estimate:
         return self.standard_error.square().sum().sqrt().item() / len(self.value)
 
     @property
+    def bias(self) -> float:
+        """About how far the mean lies below the truth for these data: -E[standard_error^2] / 2.
+
+        The logarithm of an average is too low on average (Jensen), by this much to second order;
+        unlike ``mean_standard_error`` it does not shrink with more data, only with particles.
+        """
+        return -self.standard_error.square().mean().item() / 2
+
+    @property
     def sampling_error(self) -> float:
         """The standard error of the mean as an estimate for new data; NaN for one datum."""
         n = len(self.value)
@@ -55,7 +65,8 @@ class Estimate:
         ess = self.ess.median().item()
         return (
             f"{self.mean:.3f} nats per datum, +- {self.mean_standard_error:.3f} (estimator) "
-            f"+- {self.sampling_error:.2f} (test set); {len(self.value)} data, "
+            f"+- {self.sampling_error:.2f} (test set), bias about {self.bias:.3f}; "
+            f"{len(self.value)} data, "
             f"{self.num_particles} particles, median ESS {ess:.0f}, "
             f"lowest {self.ess.min().item():.1f}; ELBO {self.elbo.mean().item():.3f}"
         )

@@ -124,6 +124,8 @@ class Parameters:
         Raises:
             ValueError: The state belongs to another pair; the message names the first difference.
         """
+        # Runs from before buffers were kept have none.
+        state = {"buffers": {}, **state}
         _check_names("modules", set(self.modules), set(state["modules"]))
         _check_names("params", set(self._stored), set(state["params"]))
         for role, module in self.modules.items():

@@ -151,6 +151,7 @@ def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
         "log_evidence": estimate.mean,
         "mean_standard_error": estimate.mean_standard_error,
         "sampling_error": estimate.sampling_error,
+        "bias": estimate.bias,
         "elbo": estimate.elbo.mean().item(),
         "ess_median": estimate.ess.median().item(),
         "ess_min": estimate.ess.min().item(),
