@@ -13,13 +13,14 @@ import pyro_vae
 ROOT = Path(pyro_vae.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-BELOW_RUNS = {"context", "program", "data", "inference", "evidence"}
+BELOW_RUNS = {"context", "graph", "program", "data", "inference", "evidence"}
 ALLOWED = {
     "context": set(),
     "program": {"context"},
+    "graph": {"context"},
     "data": set(),
-    "inference": {"context"},
-    "evidence": {"context", "inference"},
+    "inference": {"context", "graph"},
+    "evidence": {"context", "graph", "inference"},
     "runs": BELOW_RUNS,
     "__init__": BELOW_RUNS | {"runs"},
     "options": set(),
