@@ -76,7 +76,8 @@ def _train(args: argparse.Namespace) -> None:
                 "out, or start another run."
             )
         args = argparse.Namespace(
-            **{**options, "epochs": epochs, "out": args.resume, "resume": True}
+            # Runs from before there was a compiler have no such option.
+            **{"compile": False, **options, "epochs": epochs, "out": args.resume, "resume": True}
         )
     elif args.data is None or args.out is None:
         raise ValueError("train: give --data and --out, or --resume RUN.")
@@ -108,6 +109,7 @@ def _train(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         device=args.device,
+        compile=args.compile,
         out=args.out,
         resume=bool(args.resume),
         notes={"command": command},
@@ -230,6 +232,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         data=data,
         seed=args.seed,
         device=args.device,
+        compile=args.compile,
     )
     summary = run.read_json("evidence.json")
     quantity = summary["quantity"]

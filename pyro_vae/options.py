@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -53,6 +54,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     evaluate.add_argument("--limit", type=int, help="judge so many data, spread evenly")
     evaluate.add_argument("--data", help="path of the data, where the run can't load them itself")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the particles")
+    evaluate.add_argument("--compile", **_COMPILE)
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
 
     sample = command("sample", "generate data from the prior")
@@ -65,6 +67,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     report = command("report", "draw a run's pictures and write its report anew")
     report.add_argument("run", metavar="RUN", help="run directory")
     return whole
+
+
+_COMPILE: dict[str, Any] = {
+    "action": argparse.BooleanOptionalAction,
+    "default": "auto",
+    "help": "compile; auto: where the work would take longer than 20 seconds without",
+}
 
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -128,6 +137,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--max-grad-norm", type=float, help="clip the gradient's norm")
     add("--patience", type=int, help="stop after so many epochs without a better validation bound")
     add("--seed", type=int, default=0, help="seed of everything")
+    add("--compile", **_COMPILE)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
     add("--out", metavar="RUN", help="run directory to make")
     add("--resume", metavar="RUN", help="go on with a run; only --epochs may be given with it")

@@ -12,10 +12,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.graph.refusal import ThisTimeError
+
 __all__ = [
     "Program",
     "Site",
     "Trace",
+    "active_weight",
     "in_particles",
     "kl_weight",
     "latent_sites",
@@ -79,6 +82,24 @@ class kl_weight(Messenger):  # noqa: N801 - a context manager, named as Pyro nam
             # A copy: replayed sites share this dict between the guide's trace and the model's.
             msg["infer"] = {**(msg["infer"] or {}), "unweighted_scale": msg["scale"]}
             msg["scale"] = msg["scale"] * self.beta
+
+
+def active_weight() -> kl_weight | None:
+    """The KL weight around this call, if there is one.
+
+    Raises:
+        ThisTimeError: There are other handlers around it.
+    """
+    if not _PYRO_STACK:
+        return None
+    outer: Any = _PYRO_STACK[0]
+    if len(_PYRO_STACK) > 1 or not isinstance(outer, kl_weight):
+        names = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, kl_weight)]
+        raise ThisTimeError(
+            f"the step stands inside handlers of Pyro's ({', '.join(names)}); wrap the model or "
+            "the guide in them instead"
+        )
+    return outer
 
 
 def traces(

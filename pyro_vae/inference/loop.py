@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.context import at_rest, seeded
 from pyro_vae.inference.handlers import kl_weight, site_to_blame, traces
+from pyro_vae.inference.objectives import Terms
 from pyro_vae.inference.svi import SVI
 
 __all__ = ["DivergedError", "Loop", "Record", "warmup"]
@@ -24,6 +25,9 @@ __all__ = ["DivergedError", "Loop", "Record", "warmup"]
 Record = dict[str, Any]
 
 VALIDATION_BATCH = 1000
+# Losses that are read at once, and minibatches that are gathered at once if they are small.
+TOGETHER = 50
+_GATHERED_BYTES = 1 << 20  # more would leave the caches before it is used
 
 
 class DivergedError(ArithmeticError):
@@ -90,6 +94,10 @@ class Loop:
         self.step = 0
         self.seconds = 0.0
         self._sums = torch.zeros(3, dtype=torch.float64)
+        self._unread: list[Terms] = []
+        self._gathered: tuple[int, tuple[Tensor, ...]] = (0, ())
+        size = sum(tensor[0].nbytes for tensor in train) * batch_size
+        self._together = min(max(_GATHERED_BYTES // max(size, 1), 1), TOGETHER)
         # An epoch's start is good only once a bound there was finite: else the one before is.
         self._start: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None
@@ -129,26 +137,23 @@ class Loop:
             self._start = copy.deepcopy(self.state_dict())
             if self.records and math.isfinite(self.records[-1]["valid_elbo"]):
                 self._good = self._start
-        device = self.train[0].device
-        self._sums = self._sums.to(device)
-        order = self._order().to(device)
-        # Reading a loss waits for the device: at each step on a CPU, now and then elsewhere.
-        every = 1 if device.type == "cpu" else 100
-        while self.step < self.steps_per_epoch:
+        order = self._order().to(self.train[0].device)
+        steps, weight = self.steps_per_epoch, self.weight(self.epoch + 1)
+        self._gathered = (0, ())
+        while self.step < steps:
             started = time.perf_counter()
-            rows = order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
-            batch = self._batch(rows)
-            with kl_weight(self.weight(self.epoch + 1)):
+            batch = self._batch(order)
+            with kl_weight(weight):
                 terms = self.svi.update(*batch)
-            self._sums += torch.stack([t.double() for t in terms]).to(device)
+            self._unread.append(terms)
             self.step += 1
+            last = self.step == steps
+            if last or self.step % TOGETHER == 0:
+                self._read()
             self.seconds += time.perf_counter() - started
-            last = self.step == self.steps_per_epoch
-            if last or self.step % every == 0:
-                if not self._sums[0].isfinite():
-                    self._raise_diverged()
-                self._good = self._start
-            if after_step(terms.loss / len(rows)) and not last:
+            if not self._sums[0].isfinite():
+                self._raise_diverged()
+            if after_step(terms.loss / len(batch[0])) and not last:
                 return False
         # No loss has seen what the last step made of the parameters: a checkpoint must not keep it.
         if not all(p.isfinite().all() for p in self.svi.parameters.named.values()):
@@ -160,6 +165,7 @@ class Loop:
         """Everything that decides how training goes on, as tensors and plain values."""
         optimizer: Any = self.svi.optimizer
         pyro_style = isinstance(optimizer, PyroOptim)
+        self._read()
         device = self.train[0].device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
@@ -201,7 +207,9 @@ class Loop:
         self.records = [dict(record) for record in state["records"]]
         self.step = state["step"]
         self.seconds = state["seconds"]
-        self._sums = state["sums"].clone()
+        self._sums = state["sums"].cpu().clone()
+        self._unread.clear()
+        self._gathered = (0, ())
 
     def restore_best(self) -> None:
         """Put the parameters of the best validation bound back into the pair, if there are any."""
@@ -213,9 +221,32 @@ class Loop:
         with seeded(self.seed, "order", self.epoch):
             return torch.randperm(len(self.train[0]))
 
-    def _batch(self, rows: Tensor) -> tuple[Tensor, ...]:
-        first, *others = (tensor[rows] for tensor in self.train)
-        return (self.refresh(first) if self.refresh else first, *others)
+    def _batch(self, order: Tensor) -> tuple[Tensor, ...]:
+        """The minibatch of this step, gathered from the data together with those after it."""
+        start, gathered = self._gathered
+        together = self._together
+        if not gathered or self.step >= start + together:
+            start = self.step
+            rows = order[start * self.batch_size : (start + together) * self.batch_size]
+            gathered = tuple(tensor[rows] for tensor in self.train)
+            self._gathered = (start, gathered)
+        first = (self.step - start) * self.batch_size
+        batch = tuple(tensor[first : first + self.batch_size] for tensor in gathered)
+        return (self.refresh(batch[0]), *batch[1:]) if self.refresh else batch
+
+    def _read(self) -> None:
+        """Add the losses that are not read yet, one after the other wherever reading is cut."""
+        if self._unread:
+            terms = torch.stack([torch.stack(t) for t in zip(*self._unread, strict=True)])
+            terms = terms.detach().cpu().double()
+            sums = self._sums.tolist()
+            for step in terms.T.tolist():
+                sums = [a + b for a, b in zip(sums, step, strict=True)]
+            self._sums = torch.tensor(sums, dtype=torch.float64)
+            # A loss is that of the parameters before its step.
+            if terms[0].isfinite().any():
+                self._good = self._start
+            self._unread.clear()
 
     def _finish_epoch(self) -> None:
         loss, distortion, rate = (self._sums / len(self.train[0])).tolist()
@@ -271,8 +302,7 @@ class Loop:
         batch: tuple[Tensor, ...] = ()
         blamed = "the loss itself"
         while self.step < last:
-            rows = order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
-            batch = self._batch(rows)
+            batch = self._batch(order)
             self.step += 1
             random_state = torch.get_rng_state()
             with kl_weight(self.weight(epoch)):

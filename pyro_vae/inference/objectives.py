@@ -88,7 +88,7 @@ def _scaled_sum(nats: Tensor, scale: float | Tensor) -> Tensor:
     """The scaled sum over a site; ``poutine.scale`` also takes a tensor, one scale per datum."""
     if isinstance(scale, Tensor) and scale.dim() > 0:
         return (nats * scale).sum()
-    return nats.sum() * scale
+    return (nats.sum() * scale).to(nats.dtype)  # whatever the precision of a KL weight
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Stochastic variational inference over any pair, used like ``pyro.infer.SVI``."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_vae.context import at_rest
+from pyro_vae.graph.work import WORTH_COMPILING, Work
+from pyro_vae.inference.compiled import Compile, CompiledSteps
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.objectives import Terms, objective_of
 from pyro_vae.inference.parameters import Parameters
@@ -41,6 +44,10 @@ class SVI:
         loss: ``Trace_ELBO()`` (the default) or ``TraceMeanField_ELBO()``, any other Pyro loss, or
             a function of ``(model, guide, *args)`` that returns a 0-d tensor to minimise.
         max_grad_norm: Clip the norm of the gradient of the summed loss, over all parameters.
+        compile: Compile the step: loss, gradients and optimizer become one graph, which draws the
+            same noise as the program itself. True compiles at the second step (some ten
+            seconds), "auto" after so many steps that counted operations say 20 seconds; what
+            can't be compiled is said once and runs as it is.
 
     Raises:
         TypeError: ``optimizer`` or ``loss`` is of another kind.
@@ -63,6 +70,7 @@ class SVI:
         loss: Any = None,
         *,
         max_grad_norm: float | None = None,
+        compile: Compile = "auto",
     ) -> None:
         if not (isinstance(optimizer, Optimizer | PyroOptim) or callable(optimizer)):
             raise TypeError(
@@ -72,6 +80,8 @@ class SVI:
             )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"SVI: expected max_grad_norm > 0 or None, got {max_grad_norm}.")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'SVI: expected compile to be True, False or "auto", got {compile!r}.')
         self.model = model
         self.guide = guide
         self.objective = objective_of(Trace_ELBO() if loss is None else loss)
@@ -80,6 +90,9 @@ class SVI:
         self._optimizer: Optimizer | PyroOptim | None = None
         self._parameters: Parameters | None = None
         self._gradients_checked = False
+        self.compile: Compile = compile
+        self._patience: int | None = None  # steps before "auto" compiles, counted in the first
+        self._compiled: CompiledSteps | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -135,6 +148,22 @@ class SVI:
         """Take one gradient step, and return the loss with its parts (see ``Terms``)."""
         if self._parameters is None:
             self.setup(*args, **kwargs)
+        if self.compile is True:
+            self._patience = 0
+        if self.compile is not False and self._patience is not None and self._has_state():
+            if self._compiled is None:
+                self._compiled = self._compiler(self._patience)
+            terms = self._compiled.step(args, kwargs, self.max_grad_norm)
+            if terms is not None:
+                return terms
+        if self.compile == "auto" and self._patience is None:
+            with Work() as work:
+                terms = self._uncompiled(args, kwargs)
+            self._patience = math.ceil(WORTH_COMPILING / work.seconds(1, 1))
+            return terms
+        return self._uncompiled(args, kwargs)
+
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms:
         with pyro.validation_enabled(is_validate=False), poutine.trace(param_only=True) as capture:
             terms = self.objective.terms(self.model, self.guide, args, kwargs)
         self._take_up(self.parameters.collect(capture.trace))
@@ -171,6 +200,23 @@ class SVI:
             self.setup(*args, **kwargs)
         with torch.no_grad(), pyro.validation_enabled(is_validate=False):
             return self.objective.terms(self.model, self.guide, args, kwargs)
+
+    def _has_state(self) -> bool:
+        """Whether the optimizer has taken a step, here or in the run that is gone on with."""
+        optimizer = self._optimizer
+        if isinstance(optimizer, PyroOptim):
+            return bool(optimizer.optim_objs)
+        return optimizer is not None and (bool(optimizer.state) or self._gradients_checked)
+
+    def _compiler(self, patience: int) -> CompiledSteps:
+        return CompiledSteps(
+            self.model,
+            self.guide,
+            self.objective,
+            self.parameters,
+            self.optimizer,
+            patience=patience,
+        )
 
     def _make_optimizer(self) -> None:
         params = list(self.parameters.named.values())

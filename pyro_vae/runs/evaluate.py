@@ -16,6 +16,7 @@ from pyro_vae.context import seeded
 from pyro_vae.data import PARTS, Kind, Split, restore
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence
+from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.handlers import Program
 from pyro_vae.runs.device import resolve_device
 from pyro_vae.runs.directory import Run, machine, versions
@@ -38,6 +39,7 @@ def evaluate_run(
     guide: Program | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
+    compile: Compile = "auto",
     progress: bool = True,
 ) -> Estimate:
     """Estimate the log-evidence of a run's held-out data, and keep it in the run.
@@ -55,6 +57,7 @@ def evaluate_run(
         guide: Likewise.
         seed: Seed of the particles.
         device: "auto", "cpu", "cuda"...
+        compile: Compile the log-weights; see ``log_weights``.
         progress: Show a bar on a terminal, lines elsewhere (on standard error).
 
     Returns:
@@ -85,7 +88,12 @@ def evaluate_run(
         density = not isinstance(data, Split) or data.is_density
         with pyro.validation_enabled(is_validate=density):
             estimate = log_evidence(
-                *pair, *args, num_particles=num_particles, seed=seed, progress=bar.advance
+                *pair,
+                *args,
+                num_particles=num_particles,
+                seed=seed,
+                compile=compile,
+                progress=bar.advance,
             )
     finally:
         bar.close()

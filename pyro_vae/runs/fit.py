@@ -1,25 +1,26 @@
 """Fit a pair to data: the training loop with its device, run directory, stopping and resuming."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vae.context import at_rest, seeded
+from pyro_vae.context import at_rest, forked, seeded
 from pyro_vae.data import Split
+from pyro_vae.graph.work import WORTH_COMPILING, Work
+from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.loop import Loop, Record
-from pyro_vae.inference.structure import inspect
 from pyro_vae.inference.svi import SVI, OptimizerFactory
+from pyro_vae.runs.checks import as_tuple, check_alike, check_options, check_values, set_up
 from pyro_vae.runs.config import Data, continued, run_config, write_examples
 from pyro_vae.runs.device import resolve_device
 from pyro_vae.runs.directory import Run
@@ -71,6 +72,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device = "auto",
+    compile: Compile = "auto",
     callbacks: Sequence[Callable[[Record], object]] = (),
     notes: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -107,6 +109,8 @@ def fit(
         resume: Go on with the run in ``out``; the pair, the data and the options have to be those
             with which it was started (``epochs`` may grow).
         device: "auto" (a GPU where there is one and both programs are modules), "cpu", "cuda"...
+        compile: Compile the step (see ``SVI``); "auto" does so before training where counted
+            operations say that it would take longer than 20 seconds without.
         callbacks: Called with the record of each epoch; one that returns True stops training.
         notes: Kept in ``config.json`` under "notes" as they are: what you want to know of the run
             later; JSON values.
@@ -131,14 +135,14 @@ def fit(
         >>> len(history["elbo"])
         3
     """
-    _check_options(epochs, batch_size, patience, optimizer, resume=resume, out=out)
+    check_options(epochs, batch_size, patience, optimizer, resume=resume, out=out)
     if isinstance(data, Split) and valid is not None:
         raise ValueError("valid: a Split has its own validation part; leave valid= out.")
-    train = _as_tuple(data.train if isinstance(data, Split) else data, "data")
+    train = as_tuple(data.train if isinstance(data, Split) else data, "data")
     held_out = data.valid if isinstance(data, Split) else valid
-    validation = None if held_out is None else _as_tuple(held_out, "valid")
+    validation = None if held_out is None else as_tuple(held_out, "valid")
     if validation is not None:
-        _check_alike(train, validation)
+        check_alike(train, validation)
     if patience is not None and validation is None:
         raise ValueError("patience: early stopping needs validation data; give valid=.")
     if batch_size > len(train[0]):
@@ -164,15 +168,21 @@ def fit(
         optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3)),
         loss=Trace_ELBO() if loss is None else loss,
         max_grad_norm=max_grad_norm,
+        compile=compile,
     )
     with seeded(seed, "fit", device=target):
         refresh = data.refresh if isinstance(data, Split) else None
         first = tuple(t[:batch_size] for t in train)
         if refresh is not None:
             first = (refresh(first[0]), *first[1:])
-        _set_up(svi, data, first)
+        set_up(svi, data, first)
         if not isinstance(data, Split):
-            _check_values(svi, [train] if validation is None else [train, validation])
+            check_values(svi, [train] if validation is None else [train, validation])
+        if compile == "auto":
+            steps = epochs * math.ceil(len(train[0]) / batch_size)
+            svi.compile = _worth_compiling(svi, first, steps)
+        if run is not None and resume and compile == "auto":  # to repeat what was never stopped
+            svi.compile = bool(run.config["options"].get("compile", False))
         loop = Loop(
             svi,
             train,
@@ -195,6 +205,7 @@ def fit(
                 "max_grad_norm": max_grad_norm,
                 "patience": patience,
                 "device": str(target),
+                "compile": svi.compile,
             }
             config = run_config(model, guide, data, svi, options, dict(notes or {}))
             if resume:
@@ -225,117 +236,11 @@ def fit(
     return history
 
 
-def _check_options(
-    epochs: int,
-    batch_size: int,
-    patience: int | None,
-    optimizer: Any,
-    *,
-    resume: bool,
-    out: str | Path | None,
-) -> None:
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
-    if resume and out is None:
-        raise ValueError("resume: say with out= which run directory to go on with.")
-    if isinstance(optimizer, Optimizer | PyroOptim) or not (
-        optimizer is None or callable(optimizer)
-    ):
-        raise TypeError(
-            "optimizer: fit expects a factory such as lambda params: torch.optim.Adam(params, "
-            f"lr=1e-3), got {type(optimizer).__name__}; pv.SVI takes optimizers of every kind."
-        )
-
-
-def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
-    if not isinstance(data, Tensor | tuple | list):
-        raise TypeError(
-            f"{name}: expected a Split, a tensor or a tuple of tensors, got {type(data).__name__}; "
-            "load_data makes a Split of arrays and files."
-        )
-    tensors = (data,) if isinstance(data, Tensor) else tuple(data)
-    if not tensors:
-        raise ValueError(f"{name}: expected a tensor or a tuple of tensors, got an empty tuple.")
-    for i, tensor in enumerate(tensors):
-        which = name if len(tensors) == 1 else f"{name}[{i}]"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{which}: expected a tensor, got {type(tensor).__name__}; load_data makes a Split "
-                "of arrays and files."
-            )
-        if tensor.dim() == 0 or len(tensor) == 0:
-            raise ValueError(f"{which}: expected at least one datum, got {tuple(tensor.shape)}.")
-        if len(tensor) != len(tensors[0]):
-            raise ValueError(
-                f"{which}: expected {len(tensors[0])} rows as in {name}[0], got {len(tensor)}."
-            )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = ~tensor.isfinite()
-            row = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
-            raise ValueError(
-                f"{which}: {int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first "
-                f"in row {row}; remove those rows, or mask them in the model."
-            )
-    return tensors
-
-
-def _check_alike(train: tuple[Tensor, ...], valid: tuple[Tensor, ...]) -> None:
-    expected, given = ([tuple(t.shape[1:]) for t in part] for part in (train, valid))
-    if expected != given:
-        raise ValueError(
-            f"valid: expected tensors with data of shapes {expected} as in the training data, got "
-            f"{given}."
-        )
-
-
-def _set_up(svi: SVI, data: Data, batch: tuple[Tensor, ...]) -> None:
-    """Inspect the pair on a first minibatch, and hold its likelihood against the data."""
-    if not isinstance(data, Split):
-        svi.setup(*batch)
-        _check_observes(svi)
-        return
-    try:
-        with pyro.validation_enabled(is_validate=data.is_density):
-            svi.setup(*batch)
-    except ValueError:
-        # The data know better than the site which likelihoods would do: let them speak first.
-        with pyro.validation_enabled(is_validate=False):
-            svi.setup(*batch)
-        _check_likelihood(svi, data)
-        raise
-    _check_observes(svi)
-    _check_likelihood(svi, data)
-
-
-def _check_observes(svi: SVI) -> None:
-    structure = getattr(svi.objective, "structure", None)
-    if structure is not None and not structure.observed:
-        raise ValueError(
-            "fit: the model observes nothing, so there is nothing to fit; it needs a site with "
-            "obs=. Are model and guide in their order, fit(model, guide, data)?"
-        )
-
-
-def _check_values(svi: SVI, parts: Sequence[tuple[Tensor, ...]]) -> None:
-    """Hold all data against the supports of the observed sites, as a step never does."""
-    if getattr(svi.objective, "structure", None) is None:
-        return
-    for part in parts:
-        for start in range(0, len(part[0]), 1000):
-            batch = tuple(tensor[start : start + 1000] for tensor in part)
-            with at_rest(svi.model, svi.guide):
-                inspect(svi.model, svi.guide, batch, {})
-
-
-def _check_likelihood(svi: SVI, data: Split) -> None:
-    structure = getattr(svi.objective, "structure", None)
-    if structure is None:
-        return
-    for name in structure.observed:
-        site = structure.model_trace.nodes[name]
-        if site["value"].shape[-1:] == data.train.shape[-1:] and site["mask"] is None:
-            data.check_likelihood(site["fn"], name)
+def _worth_compiling(svi: SVI, batch: tuple[Tensor, ...], steps: int) -> bool:
+    with at_rest(svi.model, svi.guide), forked(device=batch[0].device), Work() as work:
+        svi.evaluate(*batch)
+    # Gradients cost twice what the loss costs.
+    return work.seconds(3 * steps, steps) >= WORTH_COMPILING
 
 
 def _loss_name(loss: Any) -> str:
