@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow benchmark check format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pyro_vae needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -19,6 +19,10 @@ test: $(VENV)/.installed  ## everything that takes seconds
 
 test-slow: $(VENV)/.installed  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
+
+benchmark: $(VENV)/.installed  ## half an hour on an idle machine: docs/performance.md
+	$(BIN)/pip install --quiet --editable '.[dev,peers]'
+	$(BIN)/python -m experiments.benchmarks
 
 check: $(VENV)/.installed  ## lint, format and types
 	$(BIN)/ruff check .

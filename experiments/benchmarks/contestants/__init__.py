@@ -1,0 +1,1 @@
+"""One file per contestant, each imported in that contestant's process alone."""
