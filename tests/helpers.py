@@ -132,6 +132,24 @@ def library_pair() -> Made:
     return model.double(), guide.double(), (double_bits(),)
 
 
+def bernoulli_latents() -> Made:
+    """Discrete latents, which have no pathwise gradient."""
+
+    def model(x: Tensor) -> None:
+        weight = pyro.param("weight", torch.linspace(-1, 1, 27).double().view(3, 9))
+        with pyro.plate("data", len(x)):
+            half = torch.full((3,), 0.5, dtype=torch.float64)
+            z = pyro.sample("z", dist.Bernoulli(half).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.linspace(-1, 1, 27).double().view(9, 3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x @ slope).to_event(1))
+
+    return model, guide, (double_bits(),)
+
+
 def tutorial_pair() -> Made:
     pair = TutorialPair()
     pair.encoder.double()

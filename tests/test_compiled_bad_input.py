@@ -11,32 +11,16 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from compiled_runs import adam, normalized_pair, trained
 from fit_pairs import PlainGuide, PlainModel
-from helpers import Made, bernoulli_pair, double_bits, library_pair, store_pair
+from helpers import Made, bernoulli_latents, bernoulli_pair, double_bits, library_pair, store_pair
 from pyro.infer import RenyiELBO, Trace_ELBO
-from test_compiled_step import adam, normalized_pair, trained
-from test_objectives import bernoulli_latents
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.graph.capture import Captured
 from pyro_vae.graph.refusal import CannotCompileError
 
 Make = Callable[[], Any]
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
-    """Graphs are interpreted instead of compiled; gives the graphs so far."""
-    graphs: list[Captured] = []
-
-    def interpret(captured: Captured, static: Any, data: Any) -> Any:
-        graphs.append(captured)
-        module, reached = captured.module, captured.reached
-        return torch.no_grad()(lambda arguments: module(*static, *arguments, *reached))
-
-    monkeypatch.setattr("pyro_vae.inference.compiled.lower", interpret)
-    return graphs
 
 
 def alike(ours: Any, theirs: Any, rtol: float = 1e-9) -> None:
@@ -154,7 +138,7 @@ def test_a_step_inside_handlers(interpreted):
 
 def test_without_a_compiler(monkeypatch):
     lower = Mock(side_effect=CannotCompileError("no compiler"))
-    monkeypatch.setattr("pyro_vae.inference.compiled.lower", lower)
+    monkeypatch.setattr("pyro_vae.inference.step_graph.lower", lower)
     falls_back(store_pair, "no compiler")
 
 
@@ -240,7 +224,7 @@ def test_a_changed_attribute_is_followed(interpreted):
 
 
 def test_an_attribute_that_goes_on_changing_is_spoken_of(interpreted, monkeypatch):
-    monkeypatch.setattr("pyro_vae.inference.compiled._MOST_VARIANTS", 2)
+    monkeypatch.setattr("pyro_vae.inference.compiled._MOST_GRAPHS", 2)
     script = doing(*(rescale(1.0 / n) for n in range(2, 6)))
     falls_back(scaled_pair, "attribute 'scale' of Scaled in the model", script=script, steps=7)
     assert len(interpreted) == 2

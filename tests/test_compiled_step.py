@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from compiled_runs import adam, assert_alike, drawn_pair, normalized_pair, sgd, trained
 from helpers import (
     PAIRS,
     Made,
@@ -24,73 +25,14 @@ from helpers import (
     subsampled_pair,
     tutorial_pair,
 )
-from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import pyro_vae as pv
-from pyro_vae.graph.capture import Captured
+from pyro_vae.graph.watch import Watch
 
 optim: Any = pyro.optim
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
-    """Graphs are interpreted instead of compiled; gives the graphs so far."""
-    graphs: list[Captured] = []
-
-    def interpret(captured: Captured, static: Any, data: Any) -> Any:
-        graphs.append(captured)
-        module, reached = captured.module, captured.reached
-        return torch.no_grad()(lambda arguments: module(*static, *arguments, *reached))
-
-    monkeypatch.setattr("pyro_vae.inference.compiled.lower", interpret)
-    return graphs
-
-
-def adam(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=1e-2)
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    return SGD(params, lr=1e-3, momentum=0.9)
-
-
-def trained(
-    make: Callable[[], Any],
-    compile: Any,
-    *,
-    optimizer: Callable[..., Any] = lambda *_: sgd,  # few operations, so quickly captured
-    loss: Callable[[], Any] = Trace_ELBO,
-    script: Callable[[Any], Iterator[Any]] = lambda svi: iter(()),
-    steps: int = 4,
-    **options: Any,
-) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
-    """The terms of every step, each taken where the script yields, and all tensors at the end."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model, guide, args = make()
-    svi = pv.SVI(model, guide, optimizer(model, guide), loss(), compile=compile, **options)
-    svi.setup(*args)
-    pyro.set_rng_seed(1)
-    terms, around = [], script(svi)
-    for _ in range(steps):
-        next(around, None)
-        terms.append(torch.stack([t.double() for t in svi.update(*args)]))
-    next(around, None)
-    state = svi.parameters.state_dict()
-    parts = {**state["modules"], "params": state["params"], "buffers": state["buffers"]}
-    return torch.stack(terms), {(k, name): t for k in parts for name, t in parts[k].items()}
-
-
-def assert_alike(graphs: list[Captured], make: Callable[[], Any], **options: Any) -> None:
-    losses, tensors = trained(make, True, **options)
-    assert len(graphs) == 1
-    expected, others = trained(make, False, **options)
-    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0.0, equal_nan=True)
-    torch.testing.assert_close(tensors, others, rtol=1e-9, atol=1e-9)
-    assert len({loss.item() for loss in losses[:, 0]}) == len(losses)
 
 
 # --- pairs and losses
@@ -144,37 +86,6 @@ class VAE(nn.Module):
 def pyros_tutorial_pair(dtype: torch.dtype = torch.float64) -> Made:
     vae = VAE().to(dtype)
     return vae.model, vae.guide, (bits().to(dtype),)
-
-
-def written_pair(encoder: nn.Module, decoder: nn.Module, size: int | None = None) -> Made:
-    """Functions over data of their own, of which the plates draw some at each call."""
-    data = double_bits(20)
-
-    def model() -> None:
-        pyro.module("a_decoder", decoder.double())
-        with pyro.plate("data", 20, subsample_size=size) as i:
-            z = pyro.sample("z", dist.Normal(data.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=data[i])
-
-    def guide() -> None:
-        pyro.module("an_encoder", encoder.double())
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
-        with pyro.plate("data", 20, subsample_size=size) as i:
-            pyro.sample("z", dist.Normal(encoder(data[i]), scale).to_event(1))
-
-    return model, guide, ()
-
-
-def drawn_pair() -> Made:
-    return written_pair(nn.Linear(9, 2), nn.Linear(2, 9), 7)
-
-
-def normalized_pair() -> Made:
-    """Batch normalization in both networks, and noise of torch's own in one."""
-    # No bias before a normalization: its gradient is zero but for rounding, which Adam scales up.
-    first, norm = nn.Linear(9, 8, bias=False), nn.BatchNorm1d(8)
-    decoder = nn.Sequential(nn.Linear(2, 9, bias=False), nn.BatchNorm1d(9))
-    return written_pair(nn.Sequential(first, norm, nn.Dropout(0.2), nn.Linear(8, 2)), decoder)
 
 
 VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
@@ -310,6 +221,39 @@ def test_a_smaller_minibatch_is_taken_as_it_is(interpreted):
     losses: list[float] = []
     assert_alike(interpreted, store_pair, script=minibatches)
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-9)
+
+
+def test_steady_steps_are_the_steps_that_look_around(interpreted):
+    def steadily(svi: Any) -> Iterator[None]:
+        yield
+        yield
+        with svi.steady():
+            for size in (10, 3, 10):
+                yield
+                losses.append(svi.step(double_bits(size)).item())
+
+    losses: list[float] = []
+    assert_alike(interpreted, store_pair, script=steadily, steps=5, optimizer=lambda *_: adam)
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-9)
+
+
+def test_a_steady_stretch_looks_around_once_and_the_next_one_again(interpreted, monkeypatch):
+    looks: list[None] = []
+    changed = Watch.changed
+    monkeypatch.setattr(Watch, "changed", lambda watch: looks.append(None) or changed(watch))
+    model, guide, args = store_pair()
+    svi = pv.SVI(model, guide, sgd, compile=True)
+    for _ in range(3):
+        svi.step(*args)
+    looks.clear()
+    for _ in range(2):
+        with svi.steady():
+            for _ in range(5):
+                svi.step(*args)
+    assert len(looks) == 2
+    svi.step(*args)
+    svi.step(*args)
+    assert len(looks) == 4
 
 
 def test_auto_starts_uncompiled_and_then_compiles(interpreted, monkeypatch):

@@ -77,7 +77,7 @@ def test_the_record_is_the_mean_over_all_data_and_the_smaller_last_minibatch_cou
     """With a learning rate of zero, and a rate that is no estimate, the sums are known."""
     loop = loop_of(optimizer=sgd(0.0), loss=TraceMeanField_ELBO())
     handed: list[float] = []
-    loop.run_epoch(lambda loss: bool(handed.append(loss.item())))
+    loop.run_epoch(lambda loss, size: bool(handed.append(loss.item() / size)))
     guide: Any = loop.svi.guide
     q = guide.encoder(data()[0])
     rate = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum() / NUM_TRAIN
@@ -87,11 +87,14 @@ def test_the_record_is_the_mean_over_all_data_and_the_smaller_last_minibatch_cou
     assert record["loss"] == pytest.approx(expected)
 
 
-def test_a_loss_per_datum_is_handed_over_after_each_step():
-    handed: list[Tensor] = []
-    loop_of().run_epoch(lambda loss: bool(handed.append(loss)))
-    assert len(handed) == 3
-    assert all(loss.shape == () and 0 < loss < 20 and not loss.requires_grad for loss in handed)
+def test_the_loss_and_the_number_of_data_are_handed_over_after_each_step():
+    handed: list[tuple[Tensor, int]] = []
+    loop_of().run_epoch(lambda *given: bool(handed.append(given)))
+    assert [size for _, size in handed] == [10, 10, 3]
+    for loss, size in handed:
+        assert loss.shape == ()
+        assert 0 < loss / size < 20
+        assert not loss.requires_grad
 
 
 def test_sums_are_float64():

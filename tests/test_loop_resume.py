@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(make, optimizer, schedule, 
     epochs, steps = stop
     run_epochs(first, epochs)
     if steps:
-        assert not first.run_epoch(lambda loss: first.step == steps)
+        assert not first.run_epoch(lambda loss, size: first.step == steps)
     state = written(first.state_dict())
 
     second = fresh()
@@ -99,7 +99,7 @@ def test_going_back_in_the_same_process_goes_the_same_way_again(optimizer):
 
 def test_a_stop_asked_for_at_the_last_step_lets_the_epoch_end():
     loop = loop_of()
-    assert loop.run_epoch(lambda loss: loop.step == 3)
+    assert loop.run_epoch(lambda loss, size: loop.step == 3)
     assert (loop.epoch, loop.step) == (1, 0)
 
 

@@ -9,7 +9,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import PAIRS, LinearGaussian, double_bits, leaves, library_pair, store_pair
+from helpers import (
+    PAIRS,
+    LinearGaussian,
+    bernoulli_latents,
+    leaves,
+    library_pair,
+    store_pair,
+)
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor
@@ -71,22 +78,6 @@ def test_weights_of_the_data_are_pyros(loss):
     assert terms.loss.shape == terms.rate.shape == terms.distortion.shape == ()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-11)
     assert_equal_gradients(terms.loss, expected, leaves(model, guide))
-
-
-def bernoulli_latents() -> tuple[Any, Any, tuple[Tensor]]:
-    def model(x: Tensor) -> None:
-        weight = pyro.param("weight", torch.linspace(-1, 1, 27).double().view(3, 9))
-        with pyro.plate("data", len(x)):
-            half = torch.full((3,), 0.5, dtype=torch.float64)
-            z = pyro.sample("z", dist.Bernoulli(half).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        slope = pyro.param("slope", torch.linspace(-1, 1, 27).double().view(9, 3))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(logits=x @ slope).to_event(1))
-
-    return model, guide, (double_bits(),)
 
 
 @pytest.mark.parametrize(("num_particles", "vectorize"), PARTICLES)

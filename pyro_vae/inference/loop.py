@@ -6,7 +6,7 @@ The loop knows nothing of files, progress bars or signals: see ``pyro_vae.runs.f
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -95,7 +95,6 @@ class Loop:
         self.seconds = 0.0
         self._sums = torch.zeros(3, dtype=torch.float64)
         self._unread: list[Terms] = []
-        self._gathered: tuple[int, tuple[Tensor, ...]] = (0, ())
         size = sum(tensor[0].nbytes for tensor in train) * batch_size
         self._together = min(max(_GATHERED_BYTES // max(size, 1), 1), TOGETHER)
         # An epoch's start is good only once a bound there was finite: else the one before is.
@@ -119,12 +118,14 @@ class Loop:
         groups = getattr(self.svi.optimizer, "param_groups", None)
         return float(groups[0]["lr"]) if groups else math.nan
 
-    def run_epoch(self, after_step: Callable[[Tensor], bool] = lambda loss: False) -> bool:
+    def run_epoch(
+        self, after_step: Callable[[Tensor, int], bool] = lambda loss, size: False
+    ) -> bool:
         """Run one epoch, or the rest of one.
 
         Args:
-            after_step: Called with the loss per datum of each minibatch, a 0-d tensor on the
-                device; returning True stops after this step.
+            after_step: Called with the summed loss of each minibatch, a 0-d tensor on the device,
+                and its number of data; returning True stops after this step.
 
         Returns:
             Whether the epoch was finished; if not, another call goes on with it.
@@ -139,21 +140,23 @@ class Loop:
                 self._good = self._start
         order = self._order().to(self.train[0].device)
         steps, weight = self.steps_per_epoch, self.weight(self.epoch + 1)
-        self._gathered = (0, ())
         while self.step < steps:
-            started = time.perf_counter()
-            batch = self._batch(order)
-            with kl_weight(weight):
-                terms = self.svi.update(*batch)
-            self._unread.append(terms)
-            self.step += 1
+            started, asked_to_stop = time.perf_counter(), False
+            with kl_weight(weight), self.svi.steady():
+                for batch in self._batches(order):
+                    terms = self.svi.update(*batch)
+                    self._unread.append(terms)
+                    self.step += 1
+                    asked_to_stop = after_step(terms.loss, len(batch[0]))
+                    if asked_to_stop:
+                        break
             last = self.step == steps
-            if last or self.step % TOGETHER == 0:
+            if last or asked_to_stop or len(self._unread) >= TOGETHER:
                 self._read()
             self.seconds += time.perf_counter() - started
             if not self._sums[0].isfinite():
                 self._raise_diverged()
-            if after_step(terms.loss / len(batch[0])) and not last:
+            if asked_to_stop and not last:
                 return False
         # No loss has seen what the last step made of the parameters: a checkpoint must not keep it.
         if not all(p.isfinite().all() for p in self.svi.parameters.named.values()):
@@ -209,7 +212,6 @@ class Loop:
         self.seconds = state["seconds"]
         self._sums = state["sums"].cpu().clone()
         self._unread.clear()
-        self._gathered = (0, ())
 
     def restore_best(self) -> None:
         """Put the parameters of the best validation bound back into the pair, if there are any."""
@@ -221,18 +223,13 @@ class Loop:
         with seeded(self.seed, "order", self.epoch):
             return torch.randperm(len(self.train[0]))
 
-    def _batch(self, order: Tensor) -> tuple[Tensor, ...]:
-        """The minibatch of this step, gathered from the data together with those after it."""
-        start, gathered = self._gathered
-        together = self._together
-        if not gathered or self.step >= start + together:
-            start = self.step
-            rows = order[start * self.batch_size : (start + together) * self.batch_size]
-            gathered = tuple(tensor[rows] for tensor in self.train)
-            self._gathered = (start, gathered)
-        first = (self.step - start) * self.batch_size
-        batch = tuple(tensor[first : first + self.batch_size] for tensor in gathered)
-        return (self.refresh(batch[0]), *batch[1:]) if self.refresh else batch
+    def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The next minibatches, as many as are gathered from the data at once."""
+        start = self.step * self.batch_size
+        rows = order[start : start + self._together * self.batch_size]
+        gathered = (tensor[rows].split(self.batch_size) for tensor in self.train)
+        for batch in zip(*gathered, strict=True):
+            yield (self.refresh(batch[0]), *batch[1:]) if self.refresh else batch
 
     def _read(self) -> None:
         """Add the losses that are not read yet, one after the other wherever reading is cut."""
@@ -302,7 +299,7 @@ class Loop:
         batch: tuple[Tensor, ...] = ()
         blamed = "the loss itself"
         while self.step < last:
-            batch = self._batch(order)
+            batch = next(self._batches(order))
             self.step += 1
             random_state = torch.get_rng_state()
             with kl_weight(self.weight(epoch)):

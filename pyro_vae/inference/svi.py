@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -91,6 +92,7 @@ class SVI:
         self._parameters: Parameters | None = None
         self._gradients_checked = False
         self.compile: Compile = compile
+        self._steady = False
         self._patience: int | None = None  # steps before "auto" compiles, counted in the first
         self._compiled: CompiledSteps | None = None
 
@@ -148,6 +150,10 @@ class SVI:
         """Take one gradient step, and return the loss with its parts (see ``Terms``)."""
         if self._parameters is None:
             self.setup(*args, **kwargs)
+        if self._steady and self._compiled is not None and not kwargs:
+            terms = self._compiled.again(args)
+            if terms is not None:
+                return terms
         if self.compile is True:
             self._patience = 0
         if self.compile is not False and self._patience is not None and self._has_state():
@@ -162,6 +168,30 @@ class SVI:
             self._patience = math.ceil(WORTH_COMPILING / work.seconds(1, 1))
             return terms
         return self._uncompiled(args, kwargs)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Promise that nothing changes between steps but the tensors that they are handed.
+
+        At every call a compiled step compares what its graph has frozen (attributes of the pair,
+        options of the optimizer, handlers around it) with what is there now; in this context only
+        the first one does. ``fit`` takes a few steps at a time in it.
+
+        Example:
+            >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
+            >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
+            >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
+            >>> svi = pv.SVI(model, guide, lambda params: torch.optim.Adam(params, lr=1e-3))
+            >>> with svi.steady():
+            ...     losses = [svi.step(x) for x in torch.ones(3, 5, 9)]
+        """
+        if self._compiled is not None:
+            self._compiled.forget()
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady = False
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms:
         with pyro.validation_enabled(is_validate=False), poutine.trace(param_only=True) as capture:

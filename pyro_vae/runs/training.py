@@ -45,10 +45,11 @@ def train(
     try:
         with _interruptible() as interrupted:
 
-            def after_step(loss: Tensor) -> bool:
+            def after_step(loss: Tensor, size: int) -> bool:
                 bar.advance()
                 if bar.due():
-                    bar.show([f"epoch {loop.epoch + 1}/{epochs}", f"loss {loss.item():.2f}"])
+                    per_datum = loss.item() / size
+                    bar.show([f"epoch {loop.epoch + 1}/{epochs}", f"loss {per_datum:.2f}"])
                 return interrupted.is_set()
 
             # A run that had stopped for good before it was resumed stays as it was.
