@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.blocks import blocks
 from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.particles import data_size
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.handlers import Program
 
@@ -134,7 +135,6 @@ def log_evidence(
         >>> estimate.value.shape, estimate.mean < 0
         (torch.Size([7]), True)
     """
-    parts = []
     of_data = blocks(
         model,
         guide,
@@ -146,57 +146,57 @@ def log_evidence(
         compile=compile,
         autocast=autocast,
     )
+    sums: _Sums | None = None
+    start = 0
     for of_particles in of_data:
-        sums: _Sums | None = None
+        width = 0
         for log_w in of_particles:
-            sums = _Sums(log_w) if sums is None else sums.merged(_Sums(log_w))
+            width = log_w.shape[1]
+            if sums is None:
+                sums = _Sums(data_size(args), log_w.device)
+            sums.add(log_w, slice(start, start + width))
             if progress is not None:
                 progress(log_w.numel())
-        assert sums is not None
-        parts.append(sums)
-    return Estimate(
-        value=torch.cat([s.log_mean() for s in parts]).cpu(),
-        standard_error=torch.cat([s.standard_error() for s in parts]).cpu(),
-        ess=torch.cat([s.ess() for s in parts]).cpu(),
-        elbo=torch.cat([s.elbo() for s in parts]).cpu(),
-        num_particles=num_particles,
-    )
+        start += width
+    assert sums is not None
+    return sums.estimate(num_particles)
 
 
 class _Sums:
-    """Running sums over particles of exp(log w - top), its square, and log w; float64, (N,)."""
+    """Running sums over particles of exp(log w - top), its square, and log w; float64, (N,).
 
-    def __init__(self, log_w: Tensor) -> None:
+    They stay where they are: new ones for every block, between its large tensors, would keep the
+    heap from shrinking, and it would grow with K.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        lowest = torch.finfo(torch.float64).min
+        self.top = torch.full((size,), lowest, dtype=torch.float64, device=device)
+        self.first = torch.zeros_like(self.top)
+        self.second = torch.zeros_like(self.top)
+        self.total = torch.zeros_like(self.top)
+
+    def add(self, log_w: Tensor, data: slice) -> None:
+        """Add the log-weights (k, n) of some data."""
         log_w = log_w.double()
-        self.count = len(log_w)
-        self.top = log_w.amax(0).clamp_min(torch.finfo(torch.float64).min)
-        w = (log_w - self.top).exp()
-        self.first = w.sum(0)
-        self.second = w.square().sum(0)
-        self.total = log_w.sum(0)
+        before = self.top[data]
+        top = torch.maximum(before, log_w.amax(0))
+        shrink = (before - top).exp()
+        w = (log_w - top).exp()
+        before.copy_(top)
+        self.first[data].mul_(shrink).add_(w.sum(0))
+        self.second[data].mul_(shrink.square()).add_(w.square().sum(0))
+        self.total[data].add_(log_w.sum(0))
 
-    def merged(self, other: "_Sums") -> "_Sums":
-        top = torch.maximum(self.top, other.top)
-        a, b = (self.top - top).exp(), (other.top - top).exp()
-        self.first = self.first * a + other.first * b
-        self.second = self.second * a.square() + other.second * b.square()
-        self.total = self.total + other.total
-        self.count += other.count
-        self.top = top
-        return self
-
-    def log_mean(self) -> Tensor:
-        return self.top + self.first.log() - math.log(self.count)
-
-    def elbo(self) -> Tensor:
-        return self.total / self.count
-
-    def ess(self) -> Tensor:
-        return self.first.square() / self.second
-
-    def standard_error(self) -> Tensor:
+    def estimate(self, count: int) -> Estimate:
+        """The estimate of so many particles for each datum."""
         # Delta method: sd(mean w) / mean w, with the unbiased variance of w; one particle has none.
-        if self.count < 2:
-            return torch.full_like(self.first, math.nan)
-        relative_second_moment = self.count * self.second / self.first.square()
-        return ((relative_second_moment - 1).clamp_min(0) / (self.count - 1)).sqrt()
+        relative_second_moment = count * self.second / self.first.square()
+        error = ((relative_second_moment - 1).clamp_min(0) / max(count - 1, 1)).sqrt()
+        return Estimate(
+            value=(self.top + self.first.log() - math.log(count)).cpu(),
+            standard_error=(error if count > 1 else torch.full_like(error, math.nan)).cpu(),
+            ess=(self.first.square() / self.second).cpu(),
+            elbo=(self.total / count).cpu(),
+            num_particles=count,
+        )

@@ -227,7 +227,7 @@ class Loop:
         """The next minibatches, as many as are gathered from the data at once."""
         start = self.step * self.batch_size
         rows = order[start : start + self._together * self.batch_size]
-        gathered = (tensor[rows].split(self.batch_size) for tensor in self.train)
+        gathered = (t.index_select(0, rows).split(self.batch_size) for t in self.train)
         for batch in zip(*gathered, strict=True):
             yield (self.refresh(batch[0]), *batch[1:]) if self.refresh else batch
 
