@@ -92,11 +92,15 @@ def generator(self: Any, x: Tensor) -> Tensor:
 
 
 HOST = r"at or after site 'x' \(test_compiled_bad_input\.py, line \d+\): reads a tensor's value on"
-DIFFER = "two runs of the pair differed"
+AT = "at or after site 'x': "
+DIFFER = AT + "two runs of the pair differed"
 TROUBLES: dict[str, tuple[Any, str]] = {
     "item": (lambda x: x.mean().item(), HOST + r" the host \(Tensor\.item\)"),
     "branch": (lambda x: 1.0 if x.sum() > 0 else -1.0, HOST + r" the host \(Tensor\.__bool__\)"),
-    "selection": (lambda x: x[x > 0].sum(), r"shape of a result depends.*poutine\.mask"),
+    "selection": (
+        lambda x: x[x > 0].sum(),
+        AT + r"the shape of a result.*poutine\.mask",
+    ),
     "NumPy's noise": (lambda x: np.random.rand(), DIFFER),  # noqa: NPY002
     # It ends where it began, as if it had drawn nothing.
     "seed": (lambda x: (torch.manual_seed(0), torch.rand(()))[1], "seeds torch's generator"),
@@ -104,7 +108,7 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "every second call": (Acts(other_site), DIFFER),
     # The runs of a capture must not count as calls, nor draw from it.
     "counted calls": (Acts(count), DIFFER),
-    "own generator": (Acts(generator), "a generator of its own"),
+    "own generator": (Acts(generator), AT + "the pair draws from a generator of its own"),
 }
 
 
@@ -227,6 +231,14 @@ def test_an_attribute_that_goes_on_changing_is_spoken_of(interpreted, monkeypatc
     monkeypatch.setattr("pyro_vae.inference.compiled._MOST_GRAPHS", 2)
     script = doing(*(rescale(1.0 / n) for n in range(2, 6)))
     falls_back(scaled_pair, "attribute 'scale' of Scaled in the model", script=script, steps=7)
+    assert len(interpreted) == 2
+
+
+def test_more_shapes_than_there_are_graphs_are_spoken_of_once(interpreted, monkeypatch):
+    monkeypatch.setattr("pyro_vae.inference.compiled._MOST_GRAPHS", 2)
+    monkeypatch.setattr("pyro_vae.inference.compiled._OTHER_SHAPES", 1)
+    sizes = [lambda svi, n=n: svi.step(double_bits(n)) for n in (3, 4, 5, 6) * 2]
+    falls_back(store_pair, "more than 2 shapes", script=doing(*sizes), steps=9)
     assert len(interpreted) == 2
 
 

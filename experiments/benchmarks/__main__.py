@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.rounds = 2
-    out: Path = args.out or report.DOCS / "performance" / f"{args.device}.json"
+    out: Path = args.out or report.DOCS / "performance" / f"{_machine_name(args.device)}.json"
     figures: dict[str, Any] = json.loads(out.read_text()) if args.resume and out.exists() else {}
     figures.update(_frame(args.device, args.rounds))
     parts = _parts(args.device, args.rounds, smoke=args.smoke)
@@ -86,8 +86,9 @@ def _parts(device: str, rounds: int, *, smoke: bool) -> list[tuple[str, Any, Any
     if smoke:
         return parts
     parts.append(("evidence", "", lambda: measure_evidence(rounds=5, device=device)))
+    parts.append(("probes", "memory_500", lambda: probes.middle("memory_500", device)))
     for name in probes.PROBES:
-        if not name.startswith(("compiling", "changes")):
+        if not name.startswith(("compiling", "changes")) and name != "memory_500":
             parts.append(("probes", name, lambda name=name: probes.run(name, device)))
     cache = tempfile.TemporaryDirectory()
     for name in (f"compiling_{w}" for w in WORKLOADS):
@@ -102,6 +103,13 @@ def _parts(device: str, rounds: int, *, smoke: bool) -> list[tuple[str, Any, Any
     for name in (f"changes_{w}" for w in WORKLOADS):
         parts.append(("probes", name, lambda name=name: probes.run(name, device)))
     return [*parts, *steps.values()]
+
+
+def _machine_name(device: str) -> str:
+    """A CPU is told from another by its instructions, which decide who multiplies matrices."""
+    if device == "cuda":
+        return "cuda"
+    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
 
 
 def _frame(device: str, rounds: int) -> dict[str, Any]:

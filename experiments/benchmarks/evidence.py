@@ -88,9 +88,16 @@ def _job(make: Callable[..., Job], device: str) -> Measured:
     return job.particle_data, seconds, value.mean().item()
 
 
-def _pyro(workload: Workload, given: dict[str, np.ndarray], x: torch.Tensor) -> Job:
+def _pyro(
+    workload: Workload,
+    given: dict[str, np.ndarray],
+    x: torch.Tensor,
+    num_particles: int,
+    *,
+    chunk_size: int | None = None,
+) -> Job:
     model, guide = (p.to(x.device) for p in pair(workload, given))
-    return pyro_importance(model, guide, x, 500)
+    return pyro_importance(model, guide, x, num_particles, chunk_size=chunk_size)
 
 
 def _product(library: Literal["torch", "onednn"], device: str) -> Measured:
@@ -116,7 +123,12 @@ NAMES: dict[str, Callable[[str], Measured]] = {
         lambda w, given, x: hand_written_log_weights(w, given, x, NUM_PARTICLES, compiled=False),
         device,
     ),
-    "pyro_vectorized_importance": lambda device: _job(_pyro, device),
+    "pyro_importance_at_once": lambda device: _job(
+        lambda w, given, x: _pyro(w, given, x, NUM_PARTICLES, chunk_size=NUM_PARTICLES), device
+    ),
+    "pyro_vectorized_importance": lambda device: _job(
+        lambda w, given, x: _pyro(w, given, x, 500), device
+    ),
     "pythae_get_nll": lambda device: _job(
         lambda workload, given, x: pythae_nll(workload, given, x[:3], NUM_PARTICLES), device
     ),

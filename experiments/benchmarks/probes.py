@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
@@ -26,11 +28,15 @@ from experiments.benchmarks.changes import changes
 from experiments.benchmarks.contestants.pyro_vae_eager import SVISteps, pair
 from experiments.benchmarks.torch_parts import wait_for
 from experiments.benchmarks.workloads import LEARNING_RATE, WORKLOADS, batch, weights
+from pyro_vae.context import at_rest
+from pyro_vae.evidence.blocks import MEMORY_BUDGET, PARTICLE_BLOCK
+from pyro_vae.evidence.compiled import CompiledWeights
+from pyro_vae.evidence.particles import Pair
 
-__all__ = ["PROBES", "run"]
+__all__ = ["PROBES", "middle", "run"]
 
-EPOCH_STEPS = 500
-EPOCHS = 10
+EPOCH_STEPS = 400
+EPOCHS = 20
 
 
 def memory(device: str, num_particles: int) -> dict[str, Any]:
@@ -156,6 +162,49 @@ def epochs(device: str, name: str) -> dict[str, Any]:
     }
 
 
+def evidence_parts(device: str) -> dict[str, Any]:
+    """Milliseconds of a block of ``log_evidence``, and of what it consists of, in turns.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    model, guide, x = _evidence_pair(device, 100)
+    rows = 100 * PARTICLE_BLOCK[device]
+    hidden = torch.randn(rows, 400, device=device)
+    latent = torch.randn(rows, 50, device=device)
+    last, first = (torch.randn(*shape, device=device) for shape in ((400, 784), (50, 400)))
+    stamps: list[float] = []
+
+    def stamp(count: int) -> None:
+        wait_for(x.device)
+        stamps.append(perf_counter())
+
+    particles = 40 * PARTICLE_BLOCK[device]
+    pv.log_evidence(model, guide, x, num_particles=particles, compile=True, progress=stamp)
+    blocks = [b - a for a, b in pairwise(stamps)]
+    with at_rest(model, guide), pyro.validation_enabled(is_validate=False):
+        pair = Pair(model, guide, (x,), None)
+        chunk = max(1, MEMORY_BUDGET[device] // (4 * x.numel()))
+        chunk = max(d for d in range(1, chunk + 1) if PARTICLE_BLOCK[device] % d == 0)
+        weights = CompiledWeights(pair, PARTICLE_BLOCK[device], chunk)
+        *values, _ = weights.draw([x])
+        calls = {
+            "draw_ms": lambda: weights.draw([x]),
+            "score_ms": lambda: weights.score(values, [x]),
+            "last_product_ms": lambda: torch.mm(hidden, last),
+            "other_products_ms": lambda: torch.mm(latent, first),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(40):
+            for name, call in calls.items():
+                start = perf_counter()
+                call()
+                wait_for(x.device)
+                seconds[name].append(perf_counter() - start)
+    found = {name: 1e3 * median(values) for name, values in seconds.items()}
+    return {"particle_data": rows, "chunk": chunk, "block_ms": 1e3 * median(blocks), **found}
+
+
 def precision(device: str) -> dict[str, Any]:
     """What a lower precision of the decoder costs and gains, on weights that have been trained."""
     data = pv.load_data("digits").binarize()
@@ -182,8 +231,14 @@ PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
     **{f"compiling_{name}": lambda device, n=name: compiling(device, n) for name in WORKLOADS},
     **{f"changes_{name}": lambda device, n=name: changes(n, device=device) for name in WORKLOADS},
     **{f"epochs_{name}": lambda device, n=name: epochs(device, n) for name in WORKLOADS},
+    "evidence_parts": evidence_parts,
     "precision": precision,
 }
+
+
+def middle(name: str, device: str, times: int = 3) -> dict[str, Any]:
+    """The run with the median growth of several: where the heap stands differs from run to run."""
+    return sorted((run(name, device) for _ in range(times)), key=lambda r: r["growth"])[times // 2]
 
 
 def run(name: str, device: str, *, cache: Path | None = None) -> dict[str, Any]:

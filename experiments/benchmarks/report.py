@@ -26,7 +26,8 @@ NAMES = {
     "torch_whole_step": "by hand, whole step compiled",
     "numpyro_svi": "NumPyro, jitted update",
     "pythae_trainer": "pythae's trainer",
-    "pyro_vectorized_importance": "Pyro's vectorized_importance_weights",
+    "pyro_importance_at_once": "Pyro's vectorized_importance_weights, one call",
+    "pyro_vectorized_importance": "the same in calls that fit the caches",
     "pythae_get_nll": "pythae's get_nll",
     "last_product_torch": "the decoder's last product alone, torch.mm",
     "last_product_onednn": "the decoder's last product alone, oneDNN",
@@ -50,7 +51,8 @@ def page(folder: Path) -> str:
 def _machine(name: str, figures: dict[str, Any]) -> list[str]:
     machine, versions = figures["machine"], figures["versions"]
     lines = [
-        f"## {machine['processor']}, {machine['cores']} cores, {machine['device']}",
+        f"## {machine['processor']} ({machine['capability']}), {machine['cores']} cores, "
+        f"{machine['device']}",
         "",
         ", ".join(f"{package} {version}" for package, version in versions.items())
         + f"; {figures['date']}. {figures['protocol']}",
@@ -173,6 +175,7 @@ def _probe_tables(probes: dict[str, Any]) -> list[str]:
             for found in changes.values()
         )
         lines.append(f"| {variant} | {' | '.join(cells)} |")
+    lines += _parts_of_evidence(probes.get("evidence_parts"))
     lower = probes.get("precision")
     if lower is None:
         return [*lines, ""]
@@ -185,6 +188,19 @@ def _probe_tables(probes: dict[str, Any]) -> list[str]:
         f"{lower['largest_difference']:.4f}; the estimator's own standard error of the mean is "
         f"{lower['mean_standard_error']:.5f}.",
         "",
+    ]
+
+
+def _parts_of_evidence(parts: dict[str, Any] | None) -> list[str]:
+    if parts is None:
+        return []
+    return [
+        "",
+        f"A block of {parts['particle_data']:,} particle-data of `log_evidence` takes "
+        f"{parts['block_ms']:.1f} ms, of which {parts['draw_ms']:.1f} ms are the draws and their "
+        f"densities, {parts['score_ms']:.1f} ms the scores, and the rest the sums and what stands "
+        f"around; the decoder's last product alone takes {parts['last_product_ms']:.1f} ms by "
+        f"torch.mm, its other products {parts['other_products_ms']:.1f} ms.",
     ]
 
 
@@ -215,14 +231,10 @@ def _bars(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
                     _r(ours / contestants[name]["rate"]["median"]),
                 )
             )
-    pyro = contestants["pyro_vectorized_importance"]["rate"]["median"]
-    bars.append(
-        (
-            f"log_evidence to {NAMES['pyro_vectorized_importance']}",
-            ">= 4, wanted 5",
-            _r(ours / pyro),
-        )
-    )
+    for name in ("pyro_importance_at_once", "pyro_vectorized_importance"):
+        found = contestants.get(name)
+        value = _r(ours / found["rate"]["median"]) if found else NOT_MEASURED
+        bars.append((f"log_evidence to {NAMES[name]}", ">= 4, wanted 5", value))
     probes = figures["probes"]
     growth = probes["memory_50000"]["growth"] / max(probes["memory_500"]["growth"], 1)
     bars.append(("memory, 50,000 particles to 500", "<= 1.1", _r(growth)))

@@ -23,6 +23,9 @@ class CompiledWeights:
         particles: Number of particles in a block.
         chunk_size: Particles that the model scores at once; divides ``particles``.
 
+    Attributes:
+        draw: From the tensors of a block of data to latents and their log-density.
+
     Raises:
         CannotCompileError: The pair can't become a graph, or the compiler failed.
     """
@@ -52,7 +55,7 @@ class CompiledWeights:
         flatten(pair.args, data)
         values = [site["value"] for _, site in latent_sites(template)]
         first = self._part(values, 0)
-        self._draw = _compiled(draw, [t.clone() for t in data])
+        self.draw = _compiled(draw, [t.clone() for t in data])
         self._score = _compiled(score, [*first, *(t.clone() for t in data)])
 
     def fits(self, pair: Pair, particles: int) -> bool:
@@ -63,12 +66,16 @@ class CompiledWeights:
         """Log-weights (particles, n) of fresh draws for the data of a block."""
         data: list[Tensor] = []
         flatten(pair.args, data)
-        *values, log_q = self._draw(data)
+        *values, log_q = self.draw(data)
+        return self.score(values, data) - log_q
+
+    def score(self, values: Sequence[Tensor], data: Sequence[Tensor]) -> Tensor:
+        """Joint log-densities (particles, n) of latents, chunk after chunk."""
         scores = [
             self._score([*self._part(values, start), *data])[0]
             for start in range(0, self.particles, self.chunk_size)
         ]
-        return (torch.cat(scores) if len(scores) > 1 else scores[0]) - log_q
+        return torch.cat(scores) if len(scores) > 1 else scores[0]
 
     def _part(self, values: Sequence[Tensor], start: int) -> list[Tensor]:
         if self.chunk_size == self.particles:

@@ -69,20 +69,24 @@ def capture(
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
-    _compare(first.module, second.module)
+    _compare(first, second)
     if (first.draws or second.draws) and torch.equal(first.state_after, second.state_after):
         raise CannotCompileError(
             "the pair seeds torch's generator itself, which a graph would do only once"
         )
-    _check_shapes(first.module)
+    _check_shapes(first)
     return _with_reached_as_inputs(first.module)
 
 
 @dataclass
 class _Run:
     module: fx.GraphModule
+    where: Where
     state_after: Tensor
     draws: bool
+
+    def place(self, node: fx.Node) -> str:
+        return self.where.at(self.module.graph, node)
 
 
 def _trace(function: Function, inputs: Sequence[Tensor], *, skip: int = 0) -> _Run:
@@ -109,32 +113,34 @@ def _traced(function: Function, inputs: Sequence[Tensor]) -> _Run:
             reason = "reads a tensor's value on the host"
         raise CannotCompileError(f"{where.describe(error.__traceback__)}: {reason}") from error
     after = torch.get_rng_state()
-    return _Run(module, after, not torch.equal(before, after))
+    return _Run(module, where, after, not torch.equal(before, after))
 
 
-def _compare(first: fx.GraphModule, second: fx.GraphModule) -> None:
+def _compare(first: _Run, second: _Run) -> None:
     """Refuse a function that does another thing at each call."""
-    a, b = list(first.graph.nodes), list(second.graph.nodes)
-    if len(a) != len(b) or any(_text(x) != _text(y) for x, y in zip(a, b, strict=True)):
-        raise CannotCompileError(
-            "two runs of the pair differed in their operations or numbers: it draws noise from "
-            "elsewhere than torch (NumPy, random), counts its calls, or branches on data; draw "
-            "with pyro.sample or torch, and keep numbers that change in tensors"
-        )
+    a, b = list(first.module.graph.nodes), list(second.module.graph.nodes)
+    for x, y in zip(a, b, strict=False):  # the results end both, so none is the other's beginning
+        if _text(x) != _text(y):
+            raise CannotCompileError(
+                f"{first.place(x)}: two runs of the pair differed in their operations or numbers: "
+                "it draws noise from elsewhere than torch (NumPy, random), counts its calls, or "
+                "branches on data; draw with pyro.sample or torch, and keep numbers that change in "
+                "tensors"
+            )
     for node in a:
         if node.op == "get_attr":
-            x, y = getattr(first, node.target), getattr(second, node.target)
+            x, y = getattr(first.module, node.target), getattr(second.module, node.target)
             if not isinstance(x, Tensor):
                 raise CannotCompileError(
-                    f"the pair draws from a generator of its own ({type(x).__name__}), which a "
-                    "graph can't hold; draw from torch's default one"
+                    f"{first.place(node)}: the pair draws from a generator of its own "
+                    f"({type(x).__name__}), which a graph can't hold; draw from torch's default one"
                 )
             same_kind = x.shape == y.shape and x.dtype == y.dtype
             if x is not y and not (same_kind and torch.allclose(x, y, 0.0, 0.0, equal_nan=True)):
                 raise CannotCompileError(
-                    "two runs of the pair differed in a tensor that it makes: it draws noise from "
-                    "elsewhere than torch (NumPy, random), or makes tensors of values read "
-                    "from the data; draw with pyro.sample or torch"
+                    f"{first.place(node)}: two runs of the pair differed in a tensor that it "
+                    "makes: it draws noise from elsewhere than torch (NumPy, random), or makes "
+                    "tensors of values read from the data; draw with pyro.sample or torch"
                 )
 
 
@@ -142,8 +148,9 @@ def _text(node: fx.Node) -> tuple[str, ...]:
     return (node.op, str(node.target), repr(node.args), repr(node.kwargs))
 
 
-def _check_shapes(module: fx.GraphModule) -> None:
+def _check_shapes(run: _Run) -> None:
     """Refuse results whose shape depends on values: a graph would freeze the shape."""
+    module = run.module
     for node in module.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if torch.Tag.dynamic_output_shape not in tags:
@@ -154,8 +161,8 @@ def _check_shapes(module: fx.GraphModule) -> None:
             if not dtypes & {torch.bool, torch.uint8}:
                 continue
         raise CannotCompileError(
-            f"the shape of a result depends on values ({node.target}); use masks "
-            "(pyro.poutine.mask, torch.where) in place of selecting data"
+            f"{run.place(node)}: the shape of a result depends on values ({node.target}); use "
+            "masks (pyro.poutine.mask, torch.where) in place of selecting data"
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,12 +20,32 @@ __all__ = ["Where", "no_host_reads"]
 
 
 class Where(Messenger):
-    """Remembers which site a run has come to."""
+    """Remembers which site a run has come to, and where in the graph that was.
 
-    site: str | None = None
+    Attributes:
+        site: The last site.
+        marks: By the name of the last operation before a site, the site.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site: str | None = None
+        self.marks: dict[str, str] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         self.site = msg["name"]
+        mode = get_proxy_mode()
+        if mode is not None:
+            self.marks[next(iter(reversed(mode.tracer.graph.nodes))).name] = msg["name"]
+
+    def at(self, graph: fx.Graph, node: fx.Node) -> str:
+        """The site that the run had come to at an operation of its graph."""
+        site = None
+        for earlier in graph.nodes:
+            if earlier is node:
+                break
+            site = self.marks.get(earlier.name, site)
+        return _after(site)
 
     def describe(self, frames: Any = None) -> str:
         """The site and the line of the user's code that a run has come to.
@@ -42,8 +63,12 @@ class Where(Messenger):
                 break
         else:
             line = ""
-        site = "before the first site" if self.site is None else f"at or after site {self.site!r}"
+        site = _after(self.site)
         return f"{site} ({line})" if line else site
+
+
+def _after(site: str | None) -> str:
+    return "before the first site" if site is None else f"at or after site {site!r}"
 
 
 @contextmanager

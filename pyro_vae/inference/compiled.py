@@ -96,8 +96,13 @@ class CompiledSteps:
                         "no tensors; hand numbers over as tensors"
                     )
                 patience = _OTHER_SHAPES if self._graphs else self.patience
-                if self._asked[key] <= patience or len(self._graphs) >= _MOST_GRAPHS:
+                if self._asked[key] <= patience:
                     return None
+                if len(self._graphs) >= _MOST_GRAPHS:
+                    raise ThisTimeError(
+                        f"the arguments came in more than {_MOST_GRAPHS} shapes or surroundings, "
+                        "and the others go uncompiled"
+                    )
                 graph = StepGraph(
                     *self._pair, args, kwargs, data, weight=weight, max_grad_norm=max_grad_norm
                 )

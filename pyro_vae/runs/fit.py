@@ -93,8 +93,8 @@ def fit(
         loss: ``Trace_ELBO()`` (the default), ``TraceMeanField_ELBO()``, any other Pyro loss, or a
             function of ``(model, guide, *args)``. The gradient is that of the sum over a
             minibatch, as in Pyro.
-        optimizer: Makes the optimizer from the list of parameters; Adam with a learning rate of
-            1e-3 by default.
+        optimizer: Makes the optimizer from the list of parameters; the fused Adam with a learning
+            rate of 1e-3 by default.
         epochs: Number of passes over the training data, in all: a resumed run counts on.
         batch_size: Data per step.
         seed: Seed of the order of the data and of all noise in training and validation. The initial
@@ -165,7 +165,7 @@ def fit(
     svi = SVI(
         model,
         guide,
-        optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3)),
+        optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3, fused=True)),
         loss=Trace_ELBO() if loss is None else loss,
         max_grad_norm=max_grad_norm,
         compile=compile,
