@@ -279,7 +279,7 @@ def picture(figures: dict[str, Any], path: Path) -> None:
             axes.text(1e3 * seconds["upper"], y, f" {1e3 * seconds['median']:.3g}", va="center")
         axes.axvline(figures["floor"][workload]["floor_ms"], color="tab:blue", linestyle=":")
         axes.set_yticks(range(len(entries)), [NAMES[n].strip("*") for n, _ in entries], fontsize=8)
-        axes.set_xlim(0, 1.15 * max(1e3 * e["seconds"]["upper"] for _, e in entries))
+        axes.set_xlim(0, 1.3 * max(1e3 * e["seconds"]["upper"] for _, e in entries))
         axes.set_xlabel("ms a step (dotted: floor)")
         axes.set_title(f"({workload}) {OBJECTIVES[objective]}", fontsize=10)
     figure.savefig(path, dpi=110)

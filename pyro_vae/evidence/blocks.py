@@ -26,7 +26,7 @@ DATA_BLOCK = 100
 PARTICLE_BLOCK = {"cpu": 50, "cuda": 500}
 # Bytes for the largest tensor of a chunk; a few of that size are alive at once. On a CPU they stay
 # in its caches; a GPU wants large kernels.
-MEMORY_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 28}
+MEMORY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 def blocks(

@@ -54,7 +54,7 @@ def log_weights(
         seed: Seed of the guide's draws; the caller's random state is left alone.
         data_plate: Name of the plate over the data, needed where the observed sites share several.
         chunk_size: Particles that the model scores at once; None lets the largest tensor take
-            4 MiB, which caches hold, or 256 MiB on a GPU. The weights are the same for any number.
+            8 MiB, which caches hold, or 256 MiB on a GPU. The weights are the same for any number.
         compile: Compute the weights by compiled kernels, which draw the same noise. Compiling takes
             some ten seconds; "auto" compiles where counted operations say that the work would take
             longer than 20 seconds without. What can't be compiled is said once and runs as it is.

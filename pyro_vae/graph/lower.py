@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyro_vae.context import forked
 from pyro_vae.graph.capture import Captured
+from pyro_vae.graph.logarithms import share_logarithms
 from pyro_vae.graph.products import use_onednn
 from pyro_vae.graph.refusal import CannotCompileError
 
@@ -40,10 +44,11 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
     """
     import torch._inductor  # late: importing it adds filters of warnings
 
+    share_logarithms(captured.module)
     use_onednn(captured.module)
     reached = captured.reached
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing(_context()):
             compiled: Any = torch._inductor.compile(
                 captured.module, [*static, *data, *reached], options=_OPTIONS
             )
@@ -59,6 +64,14 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
     if everything and all(tensor.is_cuda for tensor in everything):
         return _recorded(kernel, data, changed=[*static, *reached])
     return kernel
+
+
+def _context() -> TracingContext:
+    """Where the compiler looks for the shapes that it is compiling for; without, it caches little.
+
+    All shapes are static.
+    """
+    return TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
 
 
 def _recorded(kernel: Kernel, data: Sequence[Tensor], changed: Sequence[Tensor]) -> Kernel:
