@@ -102,7 +102,7 @@ def _pyro(
 
 def _product(library: Literal["torch", "onednn"], device: str) -> Measured:
     """As many products as the others' particles need, so that all are timed for as long."""
-    job = matrix_product_rate(50 * NUM_DATA, library=library)
+    job = matrix_product_rate(50 * NUM_DATA, library=library, device=device)
     calls = NUM_PARTICLES // 50
     start = perf_counter()
     for _ in range(calls):

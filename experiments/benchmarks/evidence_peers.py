@@ -172,7 +172,12 @@ def pythae_nll(
 
 
 def matrix_product_rate(
-    rows: int, in_dim: int = 400, out_dim: int = 784, *, library: Literal["torch", "onednn"]
+    rows: int,
+    in_dim: int = 400,
+    out_dim: int = 784,
+    *,
+    library: Literal["torch", "onednn"],
+    device: str = "cpu",
 ) -> Job:
     """The matrix product of a decoder's last layer alone, the floor under every score.
 
@@ -181,13 +186,14 @@ def matrix_product_rate(
         in_dim: Width of the last hidden layer.
         out_dim: Number of pixels.
         library: What torch runs by itself (``torch.mm``), or oneDNN, which torch ships too.
+        device: "cpu" or "cuda".
 
     Returns:
         A job of ``2 * rows * in_dim * out_dim`` floating-point operations.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, in_dim, generator=generator)
-    weight = torch.randn(out_dim, in_dim, generator=generator)
+    x = torch.randn(rows, in_dim, generator=generator).to(device)
+    weight = torch.randn(out_dim, in_dim, generator=generator).to(device)
 
     def call() -> Tensor:
         with torch.no_grad():
