@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyro_vae.context import forked
 from pyro_vae.graph.capture import Captured
@@ -42,7 +39,8 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
     Raises:
         CannotCompileError: The compiler failed.
     """
-    import torch._inductor  # late: importing it adds filters of warnings
+    import torch._inductor  # late: importing it, and what it needs, adds filters of warnings
+    from torch._guards import tracing
 
     share_logarithms(captured.module)
     use_onednn(captured.module)
@@ -66,11 +64,15 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
     return kernel
 
 
-def _context() -> TracingContext:
+def _context() -> Any:
     """Where the compiler looks for the shapes that it is compiling for; without, it caches little.
 
     All shapes are static.
     """
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
 
 
