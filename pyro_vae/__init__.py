@@ -1,13 +1,22 @@
 """Variational autoencoders as Pyro programs: say, fit, judge."""
 
 from pyro_vae.data import Labels, Split, load_data
+from pyro_vae.evidence.compare import Comparison, compare
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence, log_weights
+from pyro_vae.inference.free_bits import FreeBits
 from pyro_vae.inference.handlers import kl_weight
 from pyro_vae.inference.loop import DivergedError, warmup
 from pyro_vae.inference.svi import SVI
+from pyro_vae.inference.weighted import (
+    DReG,
+    ImportanceWeighted,
+    ReweightedWakeSleep,
+    StickingTheLanding,
+)
 from pyro_vae.program import distributions, families, networks, priors
-from pyro_vae.program.conditional import Conditional
+from pyro_vae.program.autoregressive import Autoregressive
+from pyro_vae.program.conditional import Conditional, ConditionalFlow
 from pyro_vae.program.vae import Guide, Model, decode, encode, generate, reconstruct
 from pyro_vae.runs.evaluate import evaluate_run
 from pyro_vae.runs.fit import History, fit
@@ -15,14 +24,23 @@ from pyro_vae.runs.load import load
 
 __all__ = [
     "SVI",
+    "Autoregressive",
+    "Comparison",
     "Conditional",
+    "ConditionalFlow",
+    "DReG",
     "DivergedError",
     "Estimate",
+    "FreeBits",
     "Guide",
     "History",
+    "ImportanceWeighted",
     "Labels",
     "Model",
+    "ReweightedWakeSleep",
     "Split",
+    "StickingTheLanding",
+    "compare",
     "decode",
     "distributions",
     "encode",

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, forked, on_device, seeded
 from pyro_vae.evidence.compiled import CompiledWeights
-from pyro_vae.evidence.particles import Arguments, Pair, data_size
+from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.graph.refusal import CannotCompileError, warn_uncompiled
 from pyro_vae.graph.work import WORTH_COMPILING, Work
 from pyro_vae.inference.compiled import Compile
+from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
 
 __all__ = ["blocks"]

@@ -22,6 +22,7 @@ class Estimate:
         ess: Effective number of particles, (sum w)^2 / sum w^2, ``(N,)``, between 1 and K.
         elbo: The Monte Carlo evidence lower bound from the same particles, ``(N,)``.
         num_particles: Number of particles K per datum.
+        data: A digest of the data, by which ``compare`` knows estimates of the same.
 
     Example:
         >>> columns = torch.tensor([[-1.0, -3.0], [0.3, 0.4], [9.0, 8.0], [-2.0, -4.0]]).double()
@@ -35,6 +36,7 @@ class Estimate:
     ess: Tensor
     elbo: Tensor
     num_particles: int
+    data: str = ""
 
     @property
     def mean(self) -> float:

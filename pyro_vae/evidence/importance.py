@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.blocks import blocks
+from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.evidence.particles import data_size
 from pyro_vae.inference.compiled import Compile
+from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
 
 __all__ = ["log_evidence", "log_weights"]
@@ -159,7 +160,7 @@ def log_evidence(
                 progress(log_w.numel())
         start += width
     assert sums is not None
-    return sums.estimate(num_particles)
+    return sums.estimate(num_particles, fingerprint(args))
 
 
 class _Sums:
@@ -188,7 +189,7 @@ class _Sums:
         self.second[data].mul_(shrink.square()).add_(w.square().sum(0))
         self.total[data].add_(log_w.sum(0))
 
-    def estimate(self, count: int) -> Estimate:
+    def estimate(self, count: int, data: str) -> Estimate:
         """The estimate of so many particles for each datum."""
         # Delta method: sd(mean w) / mean w, with the unbiased variance of w; one particle has none.
         relative_second_moment = count * self.second / self.first.square()
@@ -199,4 +200,5 @@ class _Sums:
             ess=(self.first.square() / self.second).cpu(),
             elbo=(self.total / count).cpu(),
             num_particles=count,
+            data=data,
         )

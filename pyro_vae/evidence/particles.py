@@ -1,5 +1,6 @@
 """A pair on one block of data: draws particles from the guide, and scores them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -8,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, seeded
-from pyro_vae.evidence.data_plate import data_dim
+from pyro_vae.inference.data_plate import data_dim, data_size, per_datum
 from pyro_vae.inference.handlers import (
     Program,
     Site,
@@ -17,11 +18,10 @@ from pyro_vae.inference.handlers import (
     latent_sites,
     observed_sites,
     site_to_blame,
-    unscaled_log_prob,
 )
 from pyro_vae.inference.structure import inspect
 
-__all__ = ["Arguments", "Pair", "data_size"]
+__all__ = ["Arguments", "Pair"]
 
 Arguments = tuple[Any, ...]
 
@@ -55,7 +55,7 @@ class Pair:
     def draw(self, args: Arguments, particles: int) -> tuple[Trace, Tensor]:
         """Particles from the guide: its trace, and their log-densities (particles, n)."""
         trace = self._trace(self.guide, args, particles)
-        return trace, self._per_datum(dict(latent_sites(trace)), particles)
+        return trace, self._per_datum(latent_sites(trace), particles)
 
     def score(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
         """Joint log-densities log p(x, z) of particles that a guide's trace holds."""
@@ -66,8 +66,7 @@ class Pair:
             enabled=self.autocast is not None,
         ):
             trace = self._trace(replayed, args, particles)
-            sites = {**dict(latent_sites(trace)), **dict(observed_sites(trace))}
-            return self._per_datum(sites, particles)
+            return self._per_datum([*latent_sites(trace), *observed_sites(trace)], particles)
 
     def part(self, guide_trace: Trace, chunk: slice) -> Trace:
         """The trace of some of the particles."""
@@ -111,34 +110,8 @@ class Pair:
             )
             raise
 
-    def _per_datum(self, sites: dict[str, Site], particles: int) -> Tensor:
-        """The sites' log-densities, summed over all dims but particles and data: (k, n)."""
-        total: Any = 0.0
-        for name, site in sites.items():
-            log_prob = unscaled_log_prob(site)
-            lead = -1 - self.nesting
-            if log_prob.dim() < -lead or log_prob.shape[lead] != particles:
-                raise ValueError(
-                    f"site {name!r}: expected its batch shape to have {particles} particles at "
-                    f"dimension {lead}, got {tuple(log_prob.shape)}; a network that flattens its "
-                    "input has to keep the dimensions on its left."
-                )
-            others = [d for d in range(-log_prob.dim(), 0) if d not in (lead, self.dim)]
-            total = total + (log_prob.sum(others) if others else log_prob)
-        return total
-
-
-def data_size(args: Arguments) -> int:
-    """Number of data N among the arguments of a pair."""
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.dim() > 0:
-            if len(arg) == 0:
-                raise ValueError("the data are empty: expected at least one datum.")
-            return len(arg)
-    raise ValueError(
-        "expected data: at least one tensor of shape (N, ...) among the arguments of the pair, "
-        f"such as data.test of a Split; got {', '.join(type(a).__name__ for a in args) or 'none'}."
-    )
+    def _per_datum(self, sites: Iterable[tuple[str, Site]], particles: int) -> Tensor:
+        return per_datum(sites, particles, nesting=self.nesting, dim=self.dim)
 
 
 def _first_device(args: Arguments) -> torch.device | None:

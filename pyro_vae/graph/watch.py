@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_vae.graph.refusal import CannotCompileError
 
@@ -148,7 +149,10 @@ class Watch:
             for name, value in table.items():
                 self._entries.append((table, name, value, f"tensor {name!r} of {owner}"))
         for name, value in vars(module).items():
-            if name not in _MODULE_INTERNALS and not name.startswith(("_pyro", "_recipe")):
+            internal = name in _MODULE_INTERNALS or name.startswith(("_pyro", "_recipe"))
+            # Transforms keep their last values and a weak reference to their inverse.
+            cache = isinstance(module, Transform) and name.startswith(("_cached", "_inv"))
+            if not internal and not cache:
                 self._enter(vars(module), name, value, f"attribute {name!r} of {owner}")
         for name in _HOOKS:
             hooks = getattr(module, name)

@@ -9,9 +9,11 @@ and what is minimised is :math:`D + \beta R` with the KL weight of ``kl_weight``
 sum over the data in nats; sums over traces hold no ``.item()`` and no branch on data.
 """
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.context import device_of, forked
+from pyro_vae.graph.refusal import CannotCompileError
 from pyro_vae.inference.handlers import (
     Program,
     Trace,
@@ -32,7 +35,16 @@ from pyro_vae.inference.handlers import (
 )
 from pyro_vae.inference.structure import Structure, inspect, kind_of
 
-__all__ = ["ELBO", "Foreign", "Objective", "Terms", "elbo_terms", "objective_of"]
+__all__ = [
+    "ELBO",
+    "Foreign",
+    "Objective",
+    "Terms",
+    "distortion_of",
+    "elbo_terms",
+    "objective_of",
+    "site_rates",
+]
 
 
 class Terms(NamedTuple):
@@ -63,11 +75,27 @@ def elbo_terms(
     Returns:
         The terms, summed over data and particles.
     """
-    distortion: Any = 0.0
+    distortion = distortion_of(model_trace)
     rate: Any = 0.0
     weighted_rate: Any = 0.0
+    for _, weighted, unweighted in site_rates(model_trace, guide_trace, analytic):
+        weighted_rate, rate = weighted_rate + weighted, rate + unweighted
+    loss = torch.as_tensor(distortion + weighted_rate)
+    return Terms(loss, torch.as_tensor(distortion).detach(), torch.as_tensor(rate))
+
+
+def distortion_of(model_trace: Trace) -> Any:
+    """The distortion, summed over observed sites and data; zero where nothing is observed."""
+    distortion: Any = 0.0
     for _, site in observed_sites(model_trace):
         distortion = distortion - _scaled_sum(unscaled_log_prob(site), site["scale"])
+    return distortion
+
+
+def site_rates(
+    model_trace: Trace, guide_trace: Trace, analytic: frozenset[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """For each latent site its name, its rate with the KL weight, and without it (detached)."""
     for name, q in latent_sites(guide_trace):
         if name in analytic:
             kl = kl_divergence(q["fn"], model_trace.nodes[name]["fn"])
@@ -77,11 +105,12 @@ def elbo_terms(
             if name in model_trace.nodes:  # auxiliary latents stand in the guide alone
                 p = model_trace.nodes[name]
                 parts.append((-unscaled_log_prob(p), p))
+        weighted: Any = 0.0
+        rate: Any = 0.0
         for nats, site in parts:
-            weighted_rate = weighted_rate + _scaled_sum(nats, site["scale"])
+            weighted = weighted + _scaled_sum(nats, site["scale"])
             rate = rate + _scaled_sum(nats.detach(), unweighted_scale(site))
-    loss = torch.as_tensor(distortion + weighted_rate)
-    return Terms(loss, torch.as_tensor(distortion).detach(), torch.as_tensor(rate))
+        yield name, weighted, rate
 
 
 def _scaled_sum(nats: Tensor, scale: float | Tensor) -> Tensor:
@@ -119,11 +148,7 @@ class ELBO:
         """
         self.structure = inspect(model, guide, args, kwargs, analytic_kl=self.analytic_kl)
         if self.analytic_kl and not self.structure.reparameterized:
-            name, site = next(
-                (name, site)
-                for name, site in latent_sites(self.structure.guide_trace)
-                if not site["fn"].has_rsample
-            )
+            name, site = self.structure.without_path()
             raise ValueError(
                 f"site {name!r}: the guide draws it without a pathwise gradient "
                 f"({kind_of(site['fn'])}), which TraceMeanField_ELBO needs; use loss=Trace_ELBO()."
@@ -149,6 +174,16 @@ class ELBO:
             estimate = elbo_terms(*traces(model, guide, args, kwargs), analytic=structure.analytic)
             sums = [a + b / self.num_particles for a, b in zip(sums, estimate, strict=True)]
         return Terms(*sums)
+
+    def check_compilable(self) -> None:
+        """Refuse guides without a pathwise gradient."""
+        structure = self.structure
+        if structure is not None and not structure.reparameterized:
+            name, site = structure.without_path()
+            raise CannotCompileError(
+                f"site {name!r}: the guide draws it without a pathwise gradient "
+                f"({kind_of(site['fn'])}), so Pyro's own loss is used"
+            )
 
 
 @dataclass
@@ -188,8 +223,31 @@ class Foreign:
         unknown = loss.new_full((), math.nan)
         return Terms(loss, unknown, unknown)
 
+    def check_compilable(self) -> None:
+        """Refuse losses that do their own backward pass."""
+        loss = self.loss
+        if not hasattr(loss, "differentiable_loss") and hasattr(loss, "loss_and_grads"):
+            raise CannotCompileError(f"the loss {type(loss).__name__} does its own backward pass")
 
-Objective = ELBO | Foreign
+
+class Objective(Protocol):
+    """What ``SVI`` minimises: estimates of a loss, for one pair."""
+
+    def prepare(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Inspect the pair on its first arguments, and refuse what does not fit."""
+        ...
+
+    def terms(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Terms:
+        """One estimate of the loss and its parts, summed over the data."""
+        ...
+
+    def check_compilable(self) -> None:
+        """Raise ``CannotCompileError`` where a step can't become a graph."""
+        ...
 
 
 def objective_of(loss: Any) -> Objective:
@@ -198,10 +256,11 @@ def objective_of(loss: Any) -> Objective:
     Args:
         loss: ``Trace_ELBO()`` for Monte Carlo of all terms, ``TraceMeanField_ELBO()`` for the
             analytic KL, any other loss of Pyro's, or a function of
-            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor to minimise.
+            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor to minimise; or an
+            ``Objective``, such as ``ImportanceWeighted()``.
 
     Returns:
-        The objective.
+        The objective, for one pair.
 
     Raises:
         TypeError: ``loss`` is none of these.
@@ -213,9 +272,11 @@ def objective_of(loss: Any) -> Objective:
             vectorize_particles=loss.vectorize_particles,
             pyro_loss=loss,
         )
+    if not isinstance(loss, type) and hasattr(loss, "prepare") and hasattr(loss, "terms"):
+        return copy.copy(loss)
     if not isinstance(loss, type) and (hasattr(loss, "loss_and_grads") or callable(loss)):
         return Foreign(loss)
     raise TypeError(
-        f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), or a function "
-        f"of (model, guide, *args), got {loss!r}."
+        f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), an objective "
+        f"such as ImportanceWeighted(), or a function of (model, guide, *args), got {loss!r}."
     )

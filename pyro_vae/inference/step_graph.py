@@ -18,10 +18,9 @@ from pyro_vae.graph.capture import capture
 from pyro_vae.graph.lower import lower
 from pyro_vae.graph.refusal import CannotCompileError
 from pyro_vae.graph.watch import Watch
-from pyro_vae.inference.handlers import Program, kl_weight, latent_sites
-from pyro_vae.inference.objectives import ELBO, Objective, Terms
+from pyro_vae.inference.handlers import Program, kl_weight
+from pyro_vae.inference.objectives import Objective, Terms
 from pyro_vae.inference.parameters import Parameters
-from pyro_vae.inference.structure import kind_of
 from pyro_vae.inference.update_rules import (
     apply_rule,
     changing_of,
@@ -72,7 +71,7 @@ class StepGraph:
         weight: kl_weight | None,
         max_grad_norm: float | None,
     ) -> None:
-        _check_objective(objective)
+        objective.check_compilable()
         self._optimizer = optimizer
         self._parameters = list(parameters.named.values())
         self._kinds = [_kind(p) for p in self._parameters]
@@ -199,28 +198,6 @@ class StepGraph:
             return objective.terms(model, guide, args, kwargs)
         finally:
             weight.beta = number
-
-
-def _check_objective(objective: Objective) -> None:
-    if not isinstance(objective, ELBO):
-        if not hasattr(objective.loss, "differentiable_loss") and hasattr(
-            objective.loss, "loss_and_grads"
-        ):
-            raise CannotCompileError(
-                f"the loss {type(objective.loss).__name__} does its own backward pass"
-            )
-        return
-    structure = objective.structure
-    if structure is not None and not structure.reparameterized:
-        name, site = next(
-            (name, site)
-            for name, site in latent_sites(structure.guide_trace)
-            if not site["fn"].has_rsample
-        )
-        raise CannotCompileError(
-            f"site {name!r}: the guide draws it without a pathwise gradient "
-            f"({kind_of(site['fn'])}), so Pyro's own loss is used"
-        )
 
 
 def _clipped(gradients: dict[Tensor, Tensor], most: float) -> dict[Tensor, Tensor]:

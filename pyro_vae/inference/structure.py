@@ -48,6 +48,11 @@ class Structure:
     model_trace: Trace
     guide_trace: Trace
 
+    def without_path(self) -> tuple[str, Site]:
+        """The first latent of the guide that is drawn without a pathwise gradient."""
+        latents = latent_sites(self.guide_trace)
+        return next((name, site) for name, site in latents if not site["fn"].has_rsample)
+
 
 def inspect(
     model: Program,
@@ -176,6 +181,7 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
                 f"{expected} (batch shape {tuple(site['fn'].batch_shape)}, event shape "
                 f"{tuple(site['fn'].event_shape)}). Make the encoder's output and the prior agree."
             )
+        _check_space(name, site["fn"], in_guide[name])
     for name, site in in_guide.items():
         if name not in in_model and not site["infer"].get("is_auxiliary"):
             raise ValueError(
@@ -183,6 +189,26 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
                 f"model draws {sorted(in_model) or 'nothing'}. Give latent sites equal names in "
                 "both, or mark it with infer={'is_auxiliary': True}."
             )
+
+
+def _check_space(name: str, prior: Any, drawn: Site) -> None:
+    """Refuse a prior and a guide on different spaces, such as a sphere and a plane."""
+    validated = getattr(prior, "_validate_args", False)
+    if validated is None:  # expanding some of Pyro's distributions forgets it
+        validated = type(prior)._validate_args
+    if not validated or kind_of(prior) == "Delta":
+        return
+    value = drawn["value"]
+    try:
+        outside = ~prior.support.check(value)
+    except NotImplementedError:  # a distribution that does not say
+        return
+    if outside.any():
+        raise ValueError(
+            f"site {name!r}: {int(outside.sum())} of {outside.numel()} values that the guide draws "
+            f"({kind_of(drawn['fn'])}) lie outside the support {prior.support} of the model's "
+            f"{kind_of(prior)}; choose a prior and a guide on the same space."
+        )
 
 
 def _check_observed(name: str, site: Site) -> None:

@@ -42,8 +42,9 @@ class SVI:
         guide: Its guide, with latent sites of the same names.
         optimizer: A factory ``lambda params: torch.optim.Adam(params, lr=1e-3)``, a torch optimizer
             over those parameters that are to be trained, or a Pyro optimizer.
-        loss: ``Trace_ELBO()`` (the default) or ``TraceMeanField_ELBO()``, any other Pyro loss, or
-            a function of ``(model, guide, *args)`` that returns a 0-d tensor to minimise.
+        loss: ``Trace_ELBO()`` (the default) or ``TraceMeanField_ELBO()``, an objective such as
+            ``ImportanceWeighted(50)``, any other Pyro loss, or a function of
+            ``(model, guide, *args)`` that returns a 0-d tensor to minimise.
         max_grad_norm: Clip the norm of the gradient of the summed loss, over all parameters.
         compile: Compile the step: loss, gradients and optimizer become one graph, which draws the
             same noise as the program itself. True compiles at the second step (some ten

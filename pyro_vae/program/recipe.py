@@ -3,8 +3,10 @@
 ``recorded`` remembers the arguments with which a factory or a class of this package was called.
 ``describe`` turns a tree of such objects into a JSON value, ``build`` makes the tree again.
 What can stand in a recipe: objects made by recorded factories, this package's public functions
-(families, with or without bound arguments), activations out of ``torch.nn``, numbers, strings,
-and sequences of these. An object that stands in two places (a shared encoder) is made once.
+(families, with or without bound arguments), activations out of ``torch.nn``, distributions and
+transforms of Pyro's, numbers, strings, and sequences of these. A tensor stands for its shape and
+one of its values, since what a factory makes of it is among the saved parameters. An object that
+stands in two places (a shared encoder) is made once.
 """
 
 import functools
@@ -13,11 +15,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
 
 __all__ = ["NotDescribedError", "build", "describe", "recorded"]
 
-_MODULES = ("networks", "families", "conditional", "priors", "vae")
+_MODULES = ("networks", "families", "conditional", "autoregressive", "priors", "vae")
+_PYRO = {"pyro.distributions": dist, "pyro.distributions.transforms": dist.transforms}
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -29,7 +34,7 @@ class NotDescribedError(TypeError):
 def recorded(make: T) -> T:
     """Let what ``make`` returns (or, for a class, its instances) remember how it was made."""
     signature = inspect.signature(make)
-    name = f"{make.__module__.rsplit('.', 1)[-1]}.{make.__name__}"
+    name = f"{_home(make.__module__)}.{make.__name__}"
 
     def remember(made: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs)
@@ -79,6 +84,12 @@ def describe(*objects: Any) -> dict[str, Any]:
             return thing
         if isinstance(thing, list | tuple):
             return [value(item, f"{where}[{i}]") for i, item in enumerate(thing)]
+        if isinstance(thing, Tensor):
+            return {
+                "shape": list(thing.shape),
+                "dtype": str(thing.dtype).removeprefix("torch."),
+                "fill": thing.flatten()[0].item(),
+            }
         if hasattr(thing, "_recipe"):
             if id(thing) not in numbers:
                 name, arguments = thing._recipe
@@ -126,6 +137,9 @@ def build(recipe: dict[str, Any]) -> list[Any]:
             return thing
         if "node" in thing:
             return made[thing["node"]]
+        if "shape" in thing:
+            dtype = getattr(torch, thing["dtype"])
+            return torch.full(thing["shape"], thing["fill"], dtype=dtype)
         function = _find(thing["function"])
         bound = {k: value(v) for k, v in thing.get("with", {}).items()}
         return functools.partial(function, **bound) if bound else function
@@ -134,7 +148,7 @@ def build(recipe: dict[str, Any]) -> list[Any]:
         for node in recipe["nodes"]:
             made.append(_call(_find(node["make"]), {k: value(v) for k, v in node["with"].items()}))
         return [value(thing) for thing in recipe["objects"]]
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"the recipe of the pair can't be followed ({error}): it was written by another "
             "version of pyro_vae or changed by hand. Pass model= and guide= instead."
@@ -161,29 +175,41 @@ def _call(make: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     return make(*positional, **arguments)
 
 
+def _home(module: str) -> str:
+    """The file or folder of this package's programs in which a module stands."""
+    return module.removeprefix("pyro_vae.program.").partition(".")[0]
+
+
 def _function_name(function: Any, where: str) -> str:
     module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
     if module.startswith("torch.nn.modules.") and getattr(nn, name, None) is function:
         return f"torch.nn.{name}"
-    short = f"{module.rsplit('.', 1)[-1]}.{name}"
+    for home, members in _PYRO.items():
+        if getattr(members, name, None) is function:
+            return f"{home}.{name}"
+    short = f"{_home(module)}.{name}"
     try:
         if _find(short) is function:
             return short
     except AttributeError:
         pass
     raise NotDescribedError(
-        f"{where} is the function {name!r}, which is neither pyro_vae's nor an activation of "
-        "torch.nn: no recipe of this pair can be saved. Its parameters are; pass model= and "
-        "guide= when loading."
+        f"{where} is the function {name!r}, which is neither pyro_vae's, nor an activation of "
+        "torch.nn, nor a distribution or transform of Pyro's: no recipe of this pair can be saved. "
+        "Its parameters are; pass model= and guide= when loading."
     )
 
 
 def _find(name: str) -> Any:
-    """Look a name up among this package's public names and torch.nn's modules, nowhere else."""
+    """Look a name up among the public names of this package, torch.nn, and Pyro's distributions."""
     module, _, attribute = name.rpartition(".")
     if module == "torch.nn":
         found = getattr(nn, attribute)
         if inspect.isclass(found) and issubclass(found, nn.Module):
+            return found
+    elif module in _PYRO:
+        found = getattr(_PYRO[module], attribute)
+        if attribute in _PYRO[module].__all__:
             return found
     elif module in _MODULES:
         home = importlib.import_module(f"pyro_vae.program.{module}")

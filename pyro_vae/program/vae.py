@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.context import at_rest, device_of, on_device, seeded
+from pyro_vae.program.conditional import Conditional
 from pyro_vae.program.recipe import recorded
 
 __all__ = ["Guide", "Model", "decode", "encode", "generate", "reconstruct"]
@@ -27,8 +28,9 @@ class Model(PyroModule):
     r"""The generative program :math:`p(z)\,p(x|z)`, with sites ``z`` and ``x`` in plate ``data``.
 
     Args:
-        prior: Module whose ``forward()`` returns p(z), of ``batch_shape ()``.
-        likelihood: Module whose ``forward(z, *context)`` returns p(x|z).
+        prior: Module whose ``forward()`` returns p(z), of ``batch_shape ()``; or a ``Conditional``,
+            whose ``forward(*context)`` returns p(z|context), e.g. of labels.
+        likelihood: Module whose ``forward(z, *context)`` returns p(x|z), or p(x|z, context).
 
     Example:
         >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
@@ -52,7 +54,7 @@ class Model(PyroModule):
 
         Args:
             x: Data ``(B, D)``, or the number of data to draw.
-            context: What else the likelihood sees, ``(B, C)`` each.
+            context: What else the likelihood sees, and a conditional prior, ``(B, C)`` each.
 
         Returns:
             The data ``(B, D)``, observed or drawn.
@@ -60,8 +62,9 @@ class Model(PyroModule):
         size, observed = (x, None) if isinstance(x, int) else (len(x), x)
         # Pyro's mark of a site that is drawn but stands for data, as poutine.uncondition sets it.
         drawn: Any = {"was_observed": True} if observed is None else None
+        given = context if isinstance(self.prior, Conditional) else ()
         with pyro.plate("data", size, dim=-1):
-            z = pyro.sample("z", self.prior())
+            z = pyro.sample("z", self.prior(*given))
             return pyro.sample("x", self.likelihood(z, *context), obs=observed, infer=drawn)
 
 

@@ -90,9 +90,9 @@ def fit(
         data: A ``Split``; or training data ``(N, ...)``; or a tuple of such tensors, for pairs of
             several arguments.
         valid: Validation data like ``data``, where that is no ``Split``.
-        loss: ``Trace_ELBO()`` (the default), ``TraceMeanField_ELBO()``, any other Pyro loss, or a
-            function of ``(model, guide, *args)``. The gradient is that of the sum over a
-            minibatch, as in Pyro.
+        loss: ``Trace_ELBO()`` (the default), ``TraceMeanField_ELBO()``, an objective such as
+            ``ImportanceWeighted(50)``, any other Pyro loss, or a function of
+            ``(model, guide, *args)``. The gradient is that of the sum over a minibatch, as in Pyro.
         optimizer: Makes the optimizer from the list of parameters; the fused Adam with a learning
             rate of 1e-3 by default.
         epochs: Number of passes over the training data, in all: a resumed run counts on.
@@ -244,6 +244,8 @@ def _worth_compiling(svi: SVI, batch: tuple[Tensor, ...], steps: int) -> bool:
 
 
 def _loss_name(loss: Any) -> str:
+    if hasattr(loss, "terms"):
+        return repr(loss)
     particles = getattr(loss, "num_particles", 1)
     return _name(loss) if particles == 1 else f"{_name(loss)}(num_particles={particles})"
 

@@ -1,9 +1,14 @@
-"""Where a pair's data stand: the plate over them, and whether each datum has a weight."""
+"""Where a pair's data stand: the plate over them, and the log-density of each datum."""
 
-from pyro_vae.inference.handlers import latent_sites, observed_sites
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vae.inference.handlers import Site, latent_sites, observed_sites, unscaled_log_prob
 from pyro_vae.inference.structure import Structure, kind_of
 
-__all__ = ["data_dim"]
+__all__ = ["data_dim", "data_size", "per_datum"]
 
 
 def data_dim(structure: Structure, size: int, name: str | None = None) -> int:
@@ -72,3 +77,48 @@ def _check_auxiliary(structure: Structure) -> None:
                 f"p(x). Give the model a site {name!r} too: any distribution of it given the other "
                 "latents will do, and the closer to the guide's the better."
             )
+
+
+def per_datum(
+    sites: Iterable[tuple[str, Site]], particles: int, *, nesting: int, dim: int
+) -> Tensor:
+    """The sites' unscaled log-densities, summed over all dims but particles and data.
+
+    Args:
+        sites: Names and sites of a trace in a plate of particles.
+        particles: Number of particles K.
+        nesting: The deepest plate; the particles stand left of it.
+        dim: The dimension of the data's plate, negative.
+
+    Returns:
+        Log-densities ``(K, N)`` in nats; a site that stands for all data alike is ``(K, 1)``.
+
+    Raises:
+        ValueError: A site has lost its particles.
+    """
+    total: Any = 0.0
+    lead = -1 - nesting
+    for name, site in sites:
+        log_prob = unscaled_log_prob(site)
+        if log_prob.dim() < -lead or log_prob.shape[lead] != particles:
+            raise ValueError(
+                f"site {name!r}: expected its batch shape to have {particles} particles at "
+                f"dimension {lead}, got {tuple(log_prob.shape)}; a network that flattens its "
+                "input has to keep the dimensions on its left."
+            )
+        others = [d for d in range(-log_prob.dim(), 0) if d not in (lead, dim)]
+        total = total + (log_prob.sum(others) if others else log_prob)
+    return total
+
+
+def data_size(args: tuple[Any, ...]) -> int:
+    """Number of data N among the arguments of a pair."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.dim() > 0:
+            if len(arg) == 0:
+                raise ValueError("the data are empty: expected at least one datum.")
+            return len(arg)
+    raise ValueError(
+        "expected data: at least one tensor of shape (N, ...) among the arguments of the pair, "
+        f"such as data.test of a Split; got {', '.join(type(a).__name__ for a in args) or 'none'}."
+    )
