@@ -223,6 +223,12 @@ HOSTILE = [
     "torch.nn.__builtins__",
     "torch.nn..Linear",
     "torch.nn.modules.module.torch",
+    "pyro.distributions.enable_validation",
+    "pyro.distributions.validation_enabled",
+    "pyro.distributions.torch",
+    "pyro.distributions.transforms.torch",
+    "pyro.distributions.transforms.__builtins__",
+    "pyro.clear_param_store",
 ]
 
 
@@ -262,6 +268,8 @@ def test_a_name_from_elsewhere_is_refused_and_not_called(name, tmp_path):
         {"nodes": [], "objects": [{"node": 0}]},
         {"nodes": [], "objects": [{"node": "x"}]},
         {"nodes": [], "objects": [{"neither": 0}]},
+        {"nodes": [], "objects": [{"shape": [2], "dtype": "load", "fill": 0}]},
+        {"nodes": [], "objects": [{"shape": [-2], "dtype": "float32", "fill": 0}]},
     ],
     ids=repr,
 )

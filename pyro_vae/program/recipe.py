@@ -209,7 +209,9 @@ def _find(name: str) -> Any:
             return found
     elif module in _PYRO:
         found = getattr(_PYRO[module], attribute)
-        if attribute in _PYRO[module].__all__:
+        density = inspect.isclass(found) and issubclass(found, torch.distributions.Distribution)
+        # Not what else stands there, such as switches of validation.
+        if attribute in _PYRO[module].__all__ and (density or module.endswith("transforms")):
             return found
     elif module in _MODULES:
         home = importlib.import_module(f"pyro_vae.program.{module}")
