@@ -38,24 +38,24 @@ __all__ = [
 ]
 
 
-class _Origin(nn.Module):
+class _Located(nn.Module):
     """Holds a vector of zeros, only to follow its module to a device and a dtype."""
 
-    origin: Tensor
+    loc: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"priors: expected at least one latent dimension, got dim={dim}.")
         self.dim = dim
-        self.register_buffer("origin", torch.zeros(dim), persistent=False)  # nothing to save
+        self.register_buffer("loc", torch.zeros(dim), persistent=False)  # nothing to save
 
     def standard_normal(self) -> TorchDistribution:
-        return dist.Normal(self.origin, torch.ones_like(self.origin)).to_event(1)
+        return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
 
 
 @recorded
-class StandardNormal(_Origin):
+class StandardNormal(_Located):
     r"""The prior :math:`p(z) = N(z; 0, I)`.
 
     Args:
@@ -231,7 +231,7 @@ class VampPrior(nn.Module):
 
 
 @recorded
-class FlowPrior(_Origin):
+class FlowPrior(_Located):
     r"""A normalizing flow: :math:`p(z) = N(f(z); 0, I)\,|\det \partial f / \partial z|`.
 
     Each transform maps latents towards noise, so that scoring is one pass; drawing inverts them, in
@@ -275,7 +275,7 @@ class FlowPrior(_Origin):
 
 
 @recorded
-class UniformSphere(_Origin):
+class UniformSphere(_Located):
     r"""The uniform density on the unit circle or sphere, :math:`\Gamma(Z/2) / 2\pi^{Z/2}`.
 
     Its guides are ``families.projected_normal``. Pyro has the density of a projected normal in two
@@ -305,7 +305,7 @@ class UniformSphere(_Origin):
 
     def forward(self) -> TorchDistribution:
         """Return the uniform distribution, ``batch_shape ()`` and ``event_shape (Z,)``."""
-        return dist.ProjectedNormal(self.origin)
+        return dist.ProjectedNormal(self.loc)
 
 
 def _start(name: str, out: tuple[int, int], start: Sequence[float] | None) -> Tensor:
