@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -163,7 +162,7 @@ def epochs(device: str, name: str) -> dict[str, Any]:
 
 
 def evidence_parts(device: str) -> dict[str, Any]:
-    """Milliseconds of a block of ``log_evidence``, and of what it consists of, in turns.
+    """Milliseconds to weigh a block of ``log_evidence``, and what they consist of, in turns.
 
     Args:
         device: "cpu" or "cuda".
@@ -173,15 +172,6 @@ def evidence_parts(device: str) -> dict[str, Any]:
     hidden = torch.randn(rows, 400, device=device)
     latent = torch.randn(rows, 50, device=device)
     last, first = (torch.randn(*shape, device=device) for shape in ((400, 784), (50, 400)))
-    stamps: list[float] = []
-
-    def stamp(count: int) -> None:
-        wait_for(x.device)
-        stamps.append(perf_counter())
-
-    particles = 40 * PARTICLE_BLOCK[device]
-    pv.log_evidence(model, guide, x, num_particles=particles, compile=True, progress=stamp)
-    blocks = [b - a for a, b in pairwise(stamps)]
     with at_rest(model, guide), pyro.validation_enabled(is_validate=False):
         pair = Pair(model, guide, (x,), None)
         chunk = max(1, MEMORY_BUDGET[device] // (4 * x.numel()))
@@ -189,6 +179,7 @@ def evidence_parts(device: str) -> dict[str, Any]:
         weights = CompiledWeights(pair, PARTICLE_BLOCK[device], chunk)
         *values, _ = weights.draw([x])
         calls = {
+            "block_ms": lambda: weights(pair),
             "draw_ms": lambda: weights.draw([x]),
             "score_ms": lambda: weights.score(values, [x]),
             "last_product_ms": lambda: torch.mm(hidden, last),
@@ -202,7 +193,7 @@ def evidence_parts(device: str) -> dict[str, Any]:
                 wait_for(x.device)
                 seconds[name].append(perf_counter() - start)
     found = {name: 1e3 * median(values) for name, values in seconds.items()}
-    return {"particle_data": rows, "chunk": chunk, "block_ms": 1e3 * median(blocks), **found}
+    return {"particle_data": rows, "chunk": chunk, **found}
 
 
 def precision(device: str) -> dict[str, Any]:

@@ -196,11 +196,11 @@ def _parts_of_evidence(parts: dict[str, Any] | None) -> list[str]:
         return []
     return [
         "",
-        f"A block of {parts['particle_data']:,} particle-data of `log_evidence` takes "
-        f"{parts['block_ms']:.1f} ms, of which {parts['draw_ms']:.1f} ms are the draws and their "
-        f"densities, {parts['score_ms']:.1f} ms the scores, and the rest the sums and what stands "
-        f"around; the decoder's last product alone takes {parts['last_product_ms']:.1f} ms by "
-        f"torch.mm, its other products {parts['other_products_ms']:.1f} ms.",
+        f"To weigh a block of {parts['particle_data']:,} particle-data of `log_evidence` takes "
+        f"{parts['block_ms']:.1f} ms; its draws and their densities alone {parts['draw_ms']:.1f} "
+        f"ms, its scores {parts['score_ms']:.1f} ms; the decoder's last product "
+        f"{parts['last_product_ms']:.1f} ms by torch.mm, its other products "
+        f"{parts['other_products_ms']:.1f} ms. Medians, in turns in one process.",
     ]
 
 
