@@ -26,10 +26,10 @@ def test_a_chunk_larger_than_a_block_is_a_block():
 
 
 def test_more_particles_extend_fewer():
-    """Whole blocks of 50 agree bit for bit."""
+    """Whole blocks of 100 agree bit for bit."""
     few, many = (weights_of(library_pair, k) for k in (100, 230))
     assert torch.equal(many[:100], few)
-    assert not torch.equal(many[:50], many[50:100])
+    assert not torch.equal(many[:100], many[100:200])
 
 
 def test_more_data_extend_fewer():
@@ -54,7 +54,7 @@ def test_progress_adds_up_to_all_particles_of_all_data():
     done: list[int] = []
     pv.log_evidence(*bernoulli_pair(), bits(130), num_particles=120, progress=done.append)
     assert sum(done) == 130 * 120
-    assert len(done) == 2 * 3
+    assert len(done) == 2 * 2
 
 
 class LargestTensor(TorchDispatchMode):
@@ -72,18 +72,18 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_particles_or_data():
     model, guide = bernoulli_pair()
-    for num_particles, num_data in ((50, 100), (2_000, 100), (50, 1_000)):
+    for num_particles, num_data in ((100, 100), (2_000, 100), (100, 1_000)):
         x = bits(num_data)
         with LargestTensor() as seen:
             pv.log_evidence(model, guide, x, num_particles=num_particles)
-        assert seen.numel == 50 * 100 * 9
+        assert seen.numel == 100 * 100 * 9
 
 
 def test_smaller_chunks_need_less_memory():
     model, guide = bernoulli_pair(latent_dim=1)
     x = bits(100)
     with LargestTensor() as seen:
-        pv.log_evidence(model, guide, x, num_particles=100, chunk_size=10)
+        pv.log_evidence(model, guide, x, num_particles=80, chunk_size=10)
     assert seen.numel == 10 * 100 * 9
 
 

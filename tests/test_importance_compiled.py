@@ -96,11 +96,11 @@ def test_exact_posterior(interpreted):
 
 def test_auto_compiles_where_the_work_is_worth_it(interpreted, monkeypatch):
     model, guide, args = library_pair()
-    pv.log_weights(model, guide, *args, num_particles=60)
+    pv.log_weights(model, guide, *args, num_particles=120)
     assert not interpreted
     monkeypatch.setattr(blocks, "WORTH_COMPILING", 1e-6)
-    pv.log_weights(model, guide, *args, num_particles=60)
-    assert len(interpreted) == 4  # for blocks of fifty particles, and of the ten that are left
+    pv.log_weights(model, guide, *args, num_particles=120)
+    assert len(interpreted) == 4  # for a hundred particles, and for the twenty left
 
 
 def test_the_chunk_follows_from_the_memory(interpreted, monkeypatch):

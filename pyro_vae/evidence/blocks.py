@@ -24,7 +24,7 @@ __all__ = ["blocks"]
 
 DATA_BLOCK = 100
 # A GPU is idle between blocks: there they are larger, and its noise is another anyway.
-PARTICLE_BLOCK = {"cpu": 50, "cuda": 500}
+PARTICLE_BLOCK = {"cpu": 100, "cuda": 500}
 # Bytes for the largest tensor of a chunk; a few of that size are alive at once. On a CPU they stay
 # in its caches; a GPU wants large kernels.
 MEMORY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 28}

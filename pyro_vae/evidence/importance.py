@@ -7,7 +7,7 @@ The average of the weights is unbiased for p(x), so its logarithm is a lower bou
 that tightens as K grows. Weights are computed from unscaled log-densities: neither KL weights nor
 subsampling scales reach them; masks do.
 
-Noise is drawn per block of 100 data and 50 particles (500 on a GPU) from a stream seeded by the
+Noise is drawn per block of 100 data and 100 particles (500 on a GPU) from a stream seeded by the
 block, and the estimate is accumulated over blocks in float64. So memory does not grow with K or N,
 more particles extend fewer, and a datum's weights depend on its place among the data but not on
 ``chunk_size``.
@@ -106,7 +106,7 @@ def log_evidence(
     r"""Importance-weighted estimate of log p(x) per datum, with its error.
 
     Constant in memory for any K: weights are folded into running sums in float64 as they come.
-    Cost: K evaluations of the decoder per datum, and K / 50 of the encoder.
+    Cost: K evaluations of the decoder per datum, and K / 100 of the encoder.
 
     Args:
         model: A Pyro model.
