@@ -15,10 +15,10 @@ demo: $(VENV)/.installed  ## train on the embedded digits and judge the result
 	$(BIN)/python experiments/digits.py --out $(DEMO)
 
 test: $(VENV)/.installed  ## everything that takes seconds
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 test-slow: $(VENV)/.installed  ## what takes minutes
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=auto --dist=worksteal
 
 benchmark: $(VENV)/.installed  ## half an hour on an idle machine: docs/performance.md
 	$(BIN)/pip install --quiet --editable '.[dev,peers]'
