@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def conv_pair(height: int, width: int, **options) -> list[Case]:
     ]
 
 
-SMALL = {"channels": (3, 2)}
+SMALL: dict[str, Any] = {"channels": (3, 2)}
 CASES = {
     "mlp": Case(lambda: networks.mlp(6, (2, 3), hidden_dims=(5,)), 6, (2, 3)),
     "mlp, affine": Case(lambda: networks.mlp(6, (1, 4), hidden_dims=()), 6, (1, 4)),
@@ -47,6 +47,16 @@ CASES = {
     "conv_decoder, not divisible by 4": conv_pair(10, 6, **SMALL)[1],
     "conv_encoder, three layers": conv_pair(9, 15, channels=(2, 3, 2), activation=nn.SiLU)[0],
     "conv_decoder, three layers": conv_pair(9, 15, channels=(2, 3, 2), activation=nn.SiLU)[1],
+    "residual_mlp": Case(
+        lambda: networks.residual_mlp(6, (2, 3), hidden_dim=5, depth=3), 6, (2, 3)
+    ),
+    "residual_conv_encoder": Case(
+        lambda: networks.residual_conv_encoder((7, 5), (2, 3), depth=2, **SMALL), 35, (2, 3)
+    ),
+    "residual_conv_decoder": Case(
+        lambda: networks.residual_conv_decoder(4, (2, 35), image_shape=(7, 5), **SMALL), 4, (2, 35)
+    ),
+    "first": Case(lambda: networks.first(networks.mlp(6, (2, 3), hidden_dims=(5,))), 6, (2, 3)),
     "rescaled": Case(
         lambda: networks.rescaled(networks.mlp(6, (2, 3), hidden_dims=(5,)), loc=1.0, scale=3.0),
         6,
@@ -116,7 +126,10 @@ def test_a_wrong_number_of_features_is_refused(case):
         case.make()(torch.zeros(7, wrong))
 
 
-@pytest.mark.parametrize("name", ["mlp", "gated_mlp", "conv_encoder", "conv_decoder"])
+RESIDUAL = ["residual_mlp", "residual_conv_encoder", "residual_conv_decoder"]
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp", "conv_encoder", "conv_decoder", *RESIDUAL])
 def test_the_refusal_names_the_network(name):
     case = next(case for key, case in CASES.items() if key.startswith(name))
     with pytest.raises(ValueError, match=rf"^networks\.{name}:"):

@@ -8,7 +8,9 @@ from torch import nn
 from pyro_vae.program.networks.flat import Flat, size_of
 from pyro_vae.program.recipe import recorded
 
-__all__ = ["conv_decoder", "conv_encoder"]
+__all__ = ["conv_decoder", "conv_encoder", "downward", "upward"]
+
+Layers = list[nn.Module]
 
 
 @recorded
@@ -37,12 +39,7 @@ def conv_encoder(
         >>> pv.networks.conv_encoder((28, 28), (2, 50))(torch.zeros(3, 7, 784)).shape
         torch.Size([3, 7, 2, 50])
     """
-    height, width = _halved(image_shape, len(channels))[-1]
-    layers: list[nn.Module] = [nn.Unflatten(-1, (1, *image_shape))]
-    for narrow, wide in zip([1, *channels[:-1]], channels, strict=True):
-        layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), activation()]
-    layers += [nn.Flatten(), nn.Linear(channels[-1] * height * width, size_of("conv_encoder", out))]
-    return Flat("conv_encoder", prod(image_shape), nn.Sequential(*layers), tuple(out))
+    return downward("conv_encoder", image_shape, out, channels, activation, lambda _: [])
 
 
 @recorded
@@ -76,24 +73,53 @@ def conv_decoder(
         >>> network(torch.zeros(3, 7, 50)).shape
         torch.Size([3, 7, 1, 784])
     """
-    if size_of("conv_decoder", out) != out[0] * prod(image_shape):
+    return upward("conv_decoder", in_dim, out, image_shape, channels, activation, lambda _: [])
+
+
+def downward(
+    name: str,
+    image_shape: tuple[int, int],
+    out: tuple[int, int],
+    channels: Sequence[int],
+    activation: Callable[[], nn.Module],
+    at_each_size: Callable[[int], Layers],
+) -> nn.Module:
+    """An encoder of images, with further layers for so many feature maps at each size."""
+    height, width = _halved(image_shape, len(channels))[-1]
+    layers: Layers = [nn.Unflatten(-1, (1, *image_shape))]
+    for narrow, wide in zip([1, *channels[:-1]], channels, strict=True):
+        layers.append(nn.Conv2d(narrow, wide, 4, stride=2, padding=1))
+        layers += [*at_each_size(wide), activation()]
+    layers += [nn.Flatten(), nn.Linear(channels[-1] * height * width, size_of(name, out))]
+    return Flat(name, prod(image_shape), nn.Sequential(*layers), tuple(out))
+
+
+def upward(
+    name: str,
+    in_dim: int,
+    out: tuple[int, int],
+    image_shape: tuple[int, int],
+    channels: Sequence[int],
+    activation: Callable[[], nn.Module],
+    at_each_size: Callable[[int], Layers],
+) -> nn.Module:
+    """A decoder to images, with further layers for so many feature maps at each size."""
+    if size_of(name, out) != out[0] * prod(image_shape):
         raise ValueError(
-            f"networks.conv_decoder: out={tuple(out)} asks for {out[1]} dimensions, but "
+            f"networks.{name}: out={tuple(out)} asks for {out[1]} dimensions, but "
             f"image_shape={tuple(image_shape)} has {prod(image_shape)} pixels; make them agree."
         )
     sizes = _halved(image_shape, len(channels))[::-1]
-    layers: list[nn.Module] = [
+    layers: Layers = [
         nn.Linear(in_dim, channels[0] * prod(sizes[0])),
         nn.Unflatten(-1, (channels[0], *sizes[0])),
     ]
     narrower = [*channels[1:], out[0]]
     for wide, narrow, small, large in zip(channels, narrower, sizes, sizes[1:], strict=False):
         odd = (large[0] - 2 * small[0], large[1] - 2 * small[1])
-        layers += [
-            activation(),
-            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, output_padding=odd),
-        ]
-    return Flat("conv_decoder", in_dim, nn.Sequential(*layers), tuple(out))
+        layers += [*at_each_size(wide), activation()]
+        layers.append(nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, output_padding=odd))
+    return Flat(name, in_dim, nn.Sequential(*layers), tuple(out))
 
 
 def _halved(shape: tuple[int, int], times: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_vae.program.recipe import recorded
 
-__all__ = ["rescaled", "with_free"]
+__all__ = ["first", "rescaled", "with_free", "without_missing"]
 
 
 @recorded
@@ -30,6 +30,52 @@ def rescaled(network: nn.Module, *, loc: float = 0.0, scale: float = 1.0) -> nn.
         torch.Size([5, 2, 8])
     """
     return _Rescaled(network, loc, scale)
+
+
+@recorded
+def first(network: nn.Module) -> nn.Module:
+    """Show a network its first input alone: ``network(z)``, whatever comes with it.
+
+    ``Model`` hands the likelihood all that the pair is called with, also what is for the guide
+    alone, such as the index of ``per_datum``.
+
+    Args:
+        network: Any module ``(*batch, in_dim) -> (*batch, P, D)``.
+
+    Returns:
+        A module ``(z (*batch, in_dim), *others) -> (*batch, P, D)``.
+
+    Example:
+        >>> network = pv.networks.first(pv.networks.mlp(8, (1, 64)))
+        >>> network(torch.zeros(5, 8), torch.arange(5)[:, None]).shape
+        torch.Size([5, 1, 64])
+    """
+    return _First(network)
+
+
+@recorded
+def without_missing(network: nn.Module) -> nn.Module:
+    r"""Hide missing entries from an encoder: ``network(where(mask, x, 0), mask, *context)``.
+
+    The network sees zeros in their place, and the mask, which tells such zeros from others.
+    Whatever stands in missing entries, NaN too, reaches neither params nor gradients.
+
+    Args:
+        network: Any module ``(*batch, 2 * D + C) -> (*batch, P, Z)``, of context of size C.
+
+    Returns:
+        A module ``(x (*batch, D), mask (*batch, D), *context) -> (*batch, P, Z)``; the mask is
+        bool, or 0 and 1.
+
+    Reference: Nazábal et al., "Handling incomplete heterogeneous data using VAEs" (2020).
+
+    Example:
+        >>> network = pv.networks.without_missing(pv.networks.mlp(2 * 3, (2, 8)))
+        >>> x = torch.tensor([1.0, torch.nan, 0.0])
+        >>> network(x, x.isfinite()).isfinite().all()
+        tensor(True)
+    """
+    return _WithoutMissing(network)
 
 
 @recorded
@@ -67,6 +113,29 @@ class _Rescaled(nn.Module):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         return self.network((x - self.loc) / self.scale, *context)
+
+
+class _First(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, *others: Tensor) -> Tensor:
+        return self.network(z)
+
+
+class _WithoutMissing(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, mask: Tensor, *context: Tensor) -> Tensor:
+        if mask.shape[-1:] != x.shape[-1:]:
+            raise ValueError(
+                f"networks.without_missing: expected a mask of shape (*batch, {x.shape[-1]}), one "
+                f"for each entry of x, as the second input, got {tuple(mask.shape)}."
+            )
+        return self.network(torch.where(mask.bool(), x, 0.0), mask.to(x.dtype), *context)
 
 
 class _WithFree(nn.Module):
