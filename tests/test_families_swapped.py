@@ -331,3 +331,24 @@ def test_a_total_that_disagrees_is_refused():
         families.multinomial(torch.zeros(1, 4)).sample()
     with pytest.raises(ValueError, match="within the support"):
         families.multinomial(torch.zeros(1, 2)).log_prob(torch.tensor([0.5, 0.5]))
+
+
+# --- one choice
+
+
+def test_one_choice_is_a_softmax_over_the_axes():
+    params = torch.randn(3, 1, 1, 4, dtype=torch.float64)
+    p = families.one_hot(params)
+    assert p.batch_shape == (3, 1)
+    assert p.event_shape == (4,)
+    expected = torch.log_softmax(params[:, :, 0], -1)
+    torch.testing.assert_close(p.log_prob(torch.eye(4).double()), expected[:, 0])
+    draws = p.sample((20_000,))
+    assert (draws.sum(-1) == 1).all()
+    share = draws.mean(0)
+    error = (expected.exp() * (1 - expected.exp()) / 20_000).sqrt()
+    assert ((share - expected.exp()).abs() < 5 * error).all()
+    with pytest.raises(ValueError, match=r"^families\.one_hot: expected params of shape"):
+        families.one_hot(torch.zeros(7, 2, 4))
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(torch.ones(4))

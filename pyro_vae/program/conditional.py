@@ -140,4 +140,13 @@ class ConditionalFlow(nn.Module):
         seen = context.squeeze(-2)
         transforms: Any = self.transforms
         parts = [part for t in transforms for part in (t.condition(seen), Reverse())]
-        return dist.TransformedDistribution(base, parts[:-1])
+        return _Flow(base, parts[:-1])
+
+
+class _Flow(dist.TransformedDistribution):
+    """Scores values that lack batch dimensions of what its transforms see, as a mixture's do."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        # Left as it is where nothing is missing: transforms know a draw again by its identity.
+        return super().log_prob(value if value.shape[:-1] == batch else value.expand(*batch, -1))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 __all__ = ["NotDescribedError", "build", "describe", "recorded"]
 
-_MODULES = ("networks", "families", "conditional", "autoregressive", "priors", "vae")
+_MODULES = ("networks", "families", "conditional", "autoregressive", "masked", "priors", "vae")
 _PYRO = {"pyro.distributions": dist, "pyro.distributions.transforms": dist.transforms}
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -181,7 +181,8 @@ def _home(module: str) -> str:
 
 
 def _function_name(function: Any, where: str) -> str:
-    module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
+    # What was made by exec, or in C, may have None for a module.
+    module, name = getattr(function, "__module__", None) or "", getattr(function, "__name__", "")
     if module.startswith("torch.nn.modules.") and getattr(nn, name, None) is function:
         return f"torch.nn.{name}"
     for home, members in _PYRO.items():

@@ -29,6 +29,11 @@ family                               P      parameters                          
 ``negative_binomial``                2      log mean, unconstrained r           counts
 ``zero_inflated_negative_binomial``  3      log mean, r, gate logits            counts
 ``multinomial``                      1      logits                              counts of total
+``one_hot``                          1      logits of the choices               zeros and a one
+``relaxed_one_hot``                  1      logits                              the simplex
+``relaxed_bernoulli``                1      logits                              0 to 1
+``mixture``                          M+M P  logits, members of a family         the family's
+``mixture_of_normals``               3 M    logits, locs, unconstrained scales  reals
 ===================================  =====  ==================================  ================
 """
 
@@ -38,6 +43,7 @@ from pyro_vae.program.families.counts import (
     poisson,
     zero_inflated_negative_binomial,
 )
+from pyro_vae.program.families.discrete import one_hot, relaxed_bernoulli, relaxed_one_hot
 from pyro_vae.program.families.levels import (
     bernoulli,
     binomial,
@@ -45,6 +51,7 @@ from pyro_vae.program.families.levels import (
     discretized,
     discretized_mixture,
 )
+from pyro_vae.program.families.mixtures import mixture, mixture_of_normals
 from pyro_vae.program.families.parameters import exp, exp_half, inverse_softplus, softplus
 from pyro_vae.program.families.reals import (
     fixed_laplace,
@@ -74,11 +81,16 @@ __all__ = [
     "inverse_softplus",
     "laplace",
     "low_rank_normal",
+    "mixture",
+    "mixture_of_normals",
     "multinomial",
     "negative_binomial",
     "normal",
+    "one_hot",
     "poisson",
     "projected_normal",
+    "relaxed_bernoulli",
+    "relaxed_one_hot",
     "softplus",
     "student_t",
     "zero_inflated_negative_binomial",

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_vae.program.distributions import Discretized, Levels
+from pyro_vae.program.distributions import Bits, Discretized, Levels
 from pyro_vae.program.families.parameters import ScaleMap, softplus, unpack
 
 __all__ = [
@@ -40,7 +40,7 @@ def bernoulli(params: Tensor) -> TorchDistribution:
         0.25
     """
     (logits,) = unpack("bernoulli", params, "logits")
-    return dist.Bernoulli(logits=logits).to_event(1)
+    return Bits(logits)
 
 
 def binomial(params: Tensor, *, total_count: int) -> TorchDistribution:
