@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = ["at_rest", "device_of", "forked", "modules_of", "on_device", "seeded"]
+__all__ = ["at_rest", "bare", "device_of", "forked", "modules_of", "on_device", "seeded"]
 
 
 @contextmanager
@@ -87,6 +88,7 @@ def modules_of(program: Callable[..., Any]) -> dict[str, nn.Module]:
     Returns:
         The modules by name; "" is the program itself.
     """
+    program = bare(program)
     while isinstance(program, functools.partial):
         program = program.func
     if isinstance(program, nn.Module):
@@ -105,9 +107,21 @@ def modules_of(program: Callable[..., Any]) -> dict[str, nn.Module]:
     return {name: thing for name, thing in named.items() if isinstance(thing, nn.Module)}
 
 
+def bare(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program without the Pyro handlers around it, such as ``config_enumerate(guide)``."""
+    while isinstance(program, functools.partial):
+        inner = program.func
+        if not isinstance(inner, functools.partial):
+            if len(program.args) < 2 or not isinstance(program.args[0], Messenger):
+                break  # a partial of the user's
+            inner = program.args[1]
+        program = inner
+    return program
+
+
 def device_of(*programs: Callable[..., Any]) -> torch.device | None:
     """The device of the first parameter or buffer of the programs, None where there is none."""
-    for program in programs:
+    for program in map(bare, programs):
         if isinstance(program, nn.Module):
             for tensor in (*program.parameters(), *program.buffers()):
                 return tensor.device

@@ -7,7 +7,8 @@ import torch
 from helpers import leaves
 from torch import Tensor
 
-from pyro_vae.inference.objectives import Terms, objective_of
+from pyro_vae.inference.losses import objective_of
+from pyro_vae.inference.objectives import Terms
 
 
 def estimate(loss: Any, pair: Any, seed: int = 1, **options: Any) -> Terms:

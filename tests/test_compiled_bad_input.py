@@ -120,7 +120,15 @@ def test_a_pair_that_cannot_be_compiled_is_spoken_of_once(name, interpreted):
 
 
 def test_a_guide_without_a_pathwise_gradient(interpreted):
-    falls_back(bernoulli_latents, r"site 'z': the guide draws it without a pathwise.*\(Bernoulli\)")
+    """Two warnings: of the gradient, and of the step that is not compiled."""
+    with pytest.warns(UserWarning, match="site 'z': the guide draws it without") as caught:
+        found = trained(bernoulli_latents, True)
+    gradient, step = (str(warning.message) for warning in caught)
+    assert "REINFORCE" in gradient
+    assert re.search(r"without compiling the step: site 'z'.*\(Bernoulli\)", step)
+    with pytest.warns(UserWarning, match="REINFORCE"):
+        alike(found, trained(bernoulli_latents, False))
+    assert not interpreted
 
 
 def test_losses_that_cannot_be_compiled(interpreted):

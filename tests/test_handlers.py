@@ -24,7 +24,7 @@ from pyro_vae.inference.handlers import (
     traces,
     unscaled_log_prob,
 )
-from pyro_vae.inference.objectives import objective_of
+from pyro_vae.inference.losses import objective_of
 
 LOSSES = (Trace_ELBO, TraceMeanField_ELBO)
 optim: Any = pyro.optim

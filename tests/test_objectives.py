@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.inference.objectives import ELBO, Foreign, objective_of
+from pyro_vae.inference.losses import objective_of
+from pyro_vae.inference.objectives import ELBO, Foreign
 
 LOSSES = (Trace_ELBO, TraceMeanField_ELBO)
 PARTICLES = ((1, False), (3, False), (3, True))
@@ -80,6 +81,7 @@ def test_weights_of_the_data_are_pyros(loss):
     assert_equal_gradients(terms.loss, expected, leaves(model, guide))
 
 
+@pytest.mark.filterwarnings("ignore:.*REINFORCE")  # said once, see test_stratified.py
 @pytest.mark.parametrize(("num_particles", "vectorize"), PARTICLES)
 def test_a_guide_without_a_pathwise_gradient_gets_pyros_surrogate(num_particles, vectorize):
     model, guide, args = bernoulli_latents()
@@ -93,6 +95,7 @@ def test_a_guide_without_a_pathwise_gradient_gets_pyros_surrogate(num_particles,
     assert (parts.distortion + parts.rate).item() == pytest.approx(expected.item(), rel=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:.*REINFORCE")  # said once, see test_stratified.py
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_the_score_function_gradient_is_that_of_the_weighted_bound_on_average(beta):
     """One latent bit: the expectation, and so its derivative, is a sum of two terms."""

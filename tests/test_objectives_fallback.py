@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.inference.objectives import objective_of
+from pyro_vae.inference.losses import objective_of
 
 
 def chain_model(x: Tensor) -> None:

@@ -27,7 +27,7 @@ def test_every_pair_is_read(make):
 
 def test_latents_come_in_the_guides_order_and_nesting_without_plates_is_zero():
     def model():
-        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Bernoulli(0.5))
         a = pyro.sample("a", dist.Normal(b, 1.0))
         pyro.sample("x", dist.Normal(a, 1.0), obs=torch.tensor(0.0))
 
@@ -274,6 +274,22 @@ def test_supports_are_not_checked_where_the_user_has_switched_validation_off():
     model, guide = bernoulli_pair()
     with pyro.validation_enabled(is_validate=False):
         assert inspect(model, guide, (torch.full((3, 9), 0.5),), {}).observed == ("x",)
+
+
+def test_a_likelihood_that_names_no_support_is_scored_as_it_is():
+    class Own(dist.TorchDistribution):
+        arg_constraints: Any = {}  # noqa: RUF012 - none
+
+        def __init__(self, loc: Tensor) -> None:
+            self.loc = loc
+            super().__init__(loc.shape[:-1], loc.shape[-1:])
+
+        def log_prob(self, value: Tensor) -> Tensor:
+            return -(value - self.loc).abs().sum(-1)
+
+    likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), lambda p: Own(p[..., 0, :]))
+    model = pv.Model(pv.priors.StandardNormal(2), likelihood)
+    assert inspect(model, bernoulli_pair()[1], (torch.full((3, 9), 0.5),), {}).observed == ("x",)
 
 
 def test_values_under_a_mask_may_be_anything():

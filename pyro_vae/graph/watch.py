@@ -241,6 +241,8 @@ def _same(a: Any, b: Any) -> bool:
         return a == b or (a != a and b != b)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):  # made anew at each call, as by autoguides
+        return len(a) == len(b) and all(key in b and _same(a[key], b[key]) for key in a)
     return False
 
 

@@ -1,14 +1,28 @@
 """Where a pair's data stand: the plate over them, and the log-density of each datum."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.inference.handlers import Site, latent_sites, observed_sites, unscaled_log_prob
+from pyro_vae.inference.handlers import (
+    Site,
+    Trace,
+    latent_sites,
+    observed_sites,
+    unscaled_log_prob,
+)
 from pyro_vae.inference.structure import Structure, kind_of
 
-__all__ = ["data_dim", "data_size", "per_datum"]
+__all__ = [
+    "add_up",
+    "check_auxiliary",
+    "data_dim",
+    "data_frame",
+    "data_size",
+    "outside_latents",
+    "per_datum",
+]
 
 
 def data_dim(structure: Structure, size: int, name: str | None = None) -> int:
@@ -25,6 +39,27 @@ def data_dim(structure: Structure, size: int, name: str | None = None) -> int:
     Raises:
         ValueError: There is no such plate, it holds another number of data, a latent stands
             outside it, or the guide has a latent that the model lacks.
+    """
+    frame = data_frame(structure, size, name)
+    for trace in (structure.guide_trace, structure.model_trace):
+        for site_name in outside_latents(trace, frame.name):
+            raise ValueError(
+                f"site {site_name!r} is a latent outside the plate {frame.name!r}: it is shared by "
+                "all data, so there is no weight per datum. For evidence use log_predictive (held-"
+                "out data) or joint_log_weights (the whole set), for training an ELBO; or move it "
+                "into the plate."
+            )
+    check_auxiliary(
+        dict(latent_sites(structure.model_trace)), dict(latent_sites(structure.guide_trace))
+    )
+    return frame.dim
+
+
+def data_frame(structure: Structure, size: int, name: str | None = None) -> Any:
+    """Find the plate over the data; takes and raises what ``data_dim`` does, latents aside.
+
+    Returns:
+        The plate's frame, with its ``name`` and ``dim``.
     """
     observed = dict(observed_sites(structure.model_trace))
     if not observed:
@@ -53,23 +88,32 @@ def data_dim(structure: Structure, size: int, name: str | None = None) -> int:
             "Hand over the data in the first tensor, one datum a row, and let the plate take all "
             "of them (subsample_size=len(x)): data that a plate draws by itself have no weights."
         )
-    for trace in (structure.guide_trace, structure.model_trace):
-        for site_name, site in latent_sites(trace):
-            if name not in {f.name for f in site["cond_indep_stack"]}:
-                raise ValueError(
-                    f"site {site_name!r} is a latent outside the plate {name!r}: it is shared by "
-                    "all data, so there is no weight per datum. Move it into the plate, or "
-                    "condition on a value for it (pyro.poutine.condition)."
-                )
-    _check_auxiliary(structure)
-    return plates[name].dim
+    return plates[name]
 
 
-def _check_auxiliary(structure: Structure) -> None:
-    """The weights p(x, z) / q(a, z|x) average to no p(x), unless z is a function of a alone."""
-    in_model = dict(latent_sites(structure.model_trace))
-    in_guide = dict(latent_sites(structure.guide_trace))
-    fixed = all(kind_of(in_guide[name]["fn"]) == "Delta" for name in in_model)
+def outside_latents(trace: Trace, plate: str) -> dict[str, Site]:
+    """The latent sites of a trace that stand outside a plate: all data share them."""
+    return {
+        name: site
+        for name, site in latent_sites(trace)
+        if plate not in {frame.name for frame in site["cond_indep_stack"]}
+    }
+
+
+def check_auxiliary(in_model: Mapping[str, Site], in_guide: Mapping[str, Site]) -> None:
+    """Refuse latents of the guide alone, unless the others are functions of them alone.
+
+    The weights p(x, z) / q(a, z|x) average to no p(x).
+
+    Args:
+        in_model: The model's latent sites.
+        in_guide: The guide's, which hold the same names.
+
+    Raises:
+        ValueError: The guide has a latent that the model lacks; the message names it.
+    """
+    drawn = [name for name in in_model if name in in_guide]  # the others are summed out
+    fixed = all(kind_of(in_guide[name]["fn"]) == "Delta" for name in drawn)
     for name in in_guide:
         if name not in in_model and not fixed:
             raise ValueError(
@@ -96,10 +140,21 @@ def per_datum(
     Raises:
         ValueError: A site has lost its particles.
     """
+    return add_up(
+        ((name, unscaled_log_prob(site)) for name, site in sites),
+        particles,
+        nesting=nesting,
+        dim=dim,
+    )
+
+
+def add_up(
+    log_probs: Iterable[tuple[str, Tensor]], particles: int, *, nesting: int, dim: int
+) -> Tensor:
+    """``per_datum`` of log-densities that are known, each with the name of its site."""
     total: Any = 0.0
     lead = -1 - nesting
-    for name, site in sites:
-        log_prob = unscaled_log_prob(site)
+    for name, log_prob in log_probs:
         if log_prob.dim() < -lead or log_prob.shape[lead] != particles:
             raise ValueError(
                 f"site {name!r}: expected its batch shape to have {particles} particles at "

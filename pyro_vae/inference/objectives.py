@@ -9,15 +9,14 @@ and what is minimised is :math:`D + \beta R` with the KL weight of ``kl_weight``
 sum over the data in nats; sums over traces hold no ``.item()`` and no branch on data.
 """
 
-import copy
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -42,7 +41,6 @@ __all__ = [
     "Terms",
     "distortion_of",
     "elbo_terms",
-    "objective_of",
     "site_rates",
 ]
 
@@ -147,8 +145,19 @@ class ELBO:
                 guide without a pathwise gradient.
         """
         self.structure = inspect(model, guide, args, kwargs, analytic_kl=self.analytic_kl)
-        if self.analytic_kl and not self.structure.reparameterized:
-            name, site = self.structure.without_path()
+        if self.structure.reparameterized:
+            return
+        name, site = self.structure.without_path()
+        if not self.analytic_kl:
+            warnings.warn(
+                f"site {name!r}: the guide draws it without a pathwise gradient "
+                f"({kind_of(site['fn'])}), so its gradient is that of the score function "
+                "(REINFORCE), which is noisy. A sum over all values is exact (config_enumerate and "
+                "TraceEnum_ELBO), Stratified is for mixtures, ReweightedWakeSleep for any draws.",
+                UserWarning,
+                stacklevel=2,
+            )
+        else:
             raise ValueError(
                 f"site {name!r}: the guide draws it without a pathwise gradient "
                 f"({kind_of(site['fn'])}), which TraceMeanField_ELBO needs; use loss=Trace_ELBO()."
@@ -212,7 +221,7 @@ class Foreign:
         A loss that does its own backward pass (``loss_and_grads``) comes without a gradient.
         """
         if hasattr(self.loss, "differentiable_loss"):
-            function = self.loss.differentiable_loss
+            function = _with_gradients(self.loss.differentiable_loss)
         elif hasattr(self.loss, "loss_and_grads"):
             function = self.loss.loss_and_grads if torch.is_grad_enabled() else self.loss.loss
         else:
@@ -228,6 +237,18 @@ class Foreign:
         loss = self.loss
         if not hasattr(loss, "differentiable_loss") and hasattr(loss, "loss_and_grads"):
             raise CannotCompileError(f"the loss {type(loss).__name__} does its own backward pass")
+
+
+def _with_gradients(loss: Any) -> Any:
+    """Pyro's losses refuse what has no gradient: make one, and drop it where none is wanted."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        wanted = torch.is_grad_enabled()
+        with torch.enable_grad():
+            found = loss(*args, **kwargs)
+        return found if wanted or not isinstance(found, Tensor) else found.detach()
+
+    return call
 
 
 class Objective(Protocol):
@@ -248,35 +269,3 @@ class Objective(Protocol):
     def check_compilable(self) -> None:
         """Raise ``CannotCompileError`` where a step can't become a graph."""
         ...
-
-
-def objective_of(loss: Any) -> Objective:
-    """The objective that a loss object of Pyro's selects.
-
-    Args:
-        loss: ``Trace_ELBO()`` for Monte Carlo of all terms, ``TraceMeanField_ELBO()`` for the
-            analytic KL, any other loss of Pyro's, or a function of
-            ``(model, guide, *args, **kwargs)`` that returns a 0-d tensor to minimise; or an
-            ``Objective``, such as ``ImportanceWeighted()``.
-
-    Returns:
-        The objective, for one pair.
-
-    Raises:
-        TypeError: ``loss`` is none of these.
-    """
-    if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
-        return ELBO(
-            analytic_kl=type(loss) is TraceMeanField_ELBO,
-            num_particles=loss.num_particles,
-            vectorize_particles=loss.vectorize_particles,
-            pyro_loss=loss,
-        )
-    if not isinstance(loss, type) and hasattr(loss, "prepare") and hasattr(loss, "terms"):
-        return copy.copy(loss)
-    if not isinstance(loss, type) and (hasattr(loss, "loss_and_grads") or callable(loss)):
-        return Foreign(loss)
-    raise TypeError(
-        f"loss: expected a Pyro ELBO such as Trace_ELBO() or TraceMeanField_ELBO(), an objective "
-        f"such as ImportanceWeighted(), or a function of (model, guide, *args), got {loss!r}."
-    )

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_vae.context import modules_of
+from pyro_vae.context import bare, modules_of
 from pyro_vae.inference.handlers import Program, Trace
 
 __all__ = ["Parameters"]
@@ -26,6 +26,7 @@ class Parameters:
     """
 
     def __init__(self, model: Program, guide: Program) -> None:
+        model, guide = bare(model), bare(guide)
         self.modules = {
             role: program
             for role, program in (("model", model), ("guide", guide))

@@ -14,11 +14,12 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_vae.context import at_rest
+from pyro_vae.context import at_rest, bare
 from pyro_vae.graph.work import WORTH_COMPILING, Work
 from pyro_vae.inference.compiled import Compile, CompiledSteps
 from pyro_vae.inference.handlers import Program
-from pyro_vae.inference.objectives import Terms, objective_of
+from pyro_vae.inference.losses import objective_of
+from pyro_vae.inference.objectives import Terms
 from pyro_vae.inference.parameters import Parameters
 
 __all__ = ["SVI", "OptimizerFactory"]
@@ -294,7 +295,7 @@ class SVI:
 def _register(*programs: Program) -> None:
     """Pyro's optimizers look names up in the parameter store: put plain modules there."""
     store = pyro.get_param_store()
-    for role, program in zip(("model", "guide"), programs, strict=True):
+    for role, program in zip(("model", "guide"), map(bare, programs), strict=True):
         if isinstance(program, torch.nn.Module):
             for name, parameter in program.named_parameters():
                 if parameter.requires_grad and parameter not in store._param_to_name:

@@ -21,129 +21,22 @@ In the last three the gradient of the model is :math:`\sum_k \bar w_k\,\partial 
 terms of every log-weight; scales of subsampling multiply the sum over the data.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.inference.data_plate import data_dim, data_size, per_datum
-from pyro_vae.inference.handlers import (
-    Program,
-    Trace,
-    in_particles,
-    latent_sites,
-    observed_sites,
-    traces,
-    unweighted_scale,
-)
+from pyro_vae.inference.handlers import Program, Trace, latent_sites, traces
 from pyro_vae.inference.objectives import Terms
-from pyro_vae.inference.structure import Structure, inspect, kind_of
+from pyro_vae.inference.weighing import Weighted, bound
 
 __all__ = ["DReG", "ImportanceWeighted", "ReweightedWakeSleep", "StickingTheLanding"]
 
 
 @dataclass
-class _Weighted:
-    """What these objectives share: the pair in a plate of particles, and its log-weights."""
-
-    num_particles: int = 5
-    data_plate: str | None = field(default=None, kw_only=True, repr=False)
-    structure: Structure | None = field(default=None, init=False, repr=False, compare=False)
-    dim: int = field(default=-1, init=False, repr=False, compare=False)
-
-    pathwise = True  # whether the guide has to be drawn with a pathwise gradient
-
-    def __post_init__(self) -> None:
-        if self.num_particles < 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected num_particles >= 1, got {self.num_particles}."
-            )
-
-    def prepare(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Inspect the pair on its first arguments.
-
-        Raises:
-            ValueError: The pair does not fit, has no weights per datum, or no pathwise gradient.
-        """
-        structure = inspect(model, guide, args, kwargs)
-        if self.pathwise and not structure.reparameterized:
-            name, site = structure.without_path()
-            raise ValueError(
-                f"site {name!r}: the guide draws it without a pathwise gradient "
-                f"({kind_of(site['fn'])}), which {type(self).__name__} needs; ReweightedWakeSleep "
-                "does without."
-            )
-        size = data_size((*args, *kwargs.values()))
-        self.dim = data_dim(structure, size, self.data_plate)
-        self.structure = structure
-
-    def check_compilable(self) -> None:
-        """Every step of these objectives can become a graph."""
-
-    def terms(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Terms:
-        """One estimate of the loss and its parts, summed over the data."""
-        if self.structure is None:
-            raise RuntimeError(f"{type(self).__name__}.terms was called before prepare.")
-        nesting = self.structure.max_plate_nesting
-        model = in_particles(model, self.num_particles, nesting)
-        guide = in_particles(guide, self.num_particles, nesting)
-        return self._terms(model, guide, args, kwargs)
-
-    def _terms(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Terms:
-        raise NotImplementedError
-
-    def _weights(self, model_trace: Trace, guide_trace: Trace) -> "_Weights":
-        assert self.structure is not None
-        nesting = self.structure.max_plate_nesting
-        groups = (
-            torch.as_tensor(per_datum(sites, self.num_particles, nesting=nesting, dim=self.dim))
-            for sites in (
-                observed_sites(model_trace),
-                latent_sites(model_trace),
-                latent_sites(guide_trace),
-            )
-        )
-        likelihood, prior, q = groups
-        return _Weights(likelihood, prior, q, *_scales(model_trace, guide_trace))
-
-
-@dataclass
-class _Weights:
-    """Log-densities (K, N), the scale of the sum over the data, and the KL weight."""
-
-    log_likelihood: Any
-    log_prior: Any
-    log_q: Any
-    scale: Any
-    beta: Any
-
-    @property
-    def log_p(self) -> Tensor:
-        return self.log_likelihood + self.beta * self.log_prior
-
-    @property
-    def log_w(self) -> Tensor:
-        return self.log_p - self.beta * self.log_q
-
-    def terms(self, per_datum: Tensor) -> Terms:
-        """The loss from what is to be minimised for each datum (N,)."""
-        loss = (self.scale * per_datum.sum()).to(per_datum.dtype)
-        distortion = -self.scale * self.log_likelihood.detach().mean(0).sum()
-        rate = self.scale * (self.log_q - self.log_prior).detach().mean(0).sum()
-        return Terms(loss, distortion, rate)
-
-
-@dataclass
-class ImportanceWeighted(_Weighted):
+class ImportanceWeighted(Weighted):
     r"""The importance-weighted bound, or the Renyi bound of order alpha, per datum.
 
     .. math:: L_\alpha = -\sum_n \frac{1}{1-\alpha}
@@ -175,11 +68,11 @@ class ImportanceWeighted(_Weighted):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Terms:
         weights = self._weights(*traces(model, guide, args, kwargs))
-        return weights.terms(-_bound(weights.log_w, self.alpha))
+        return weights.terms(-bound(weights.log_w, self.alpha))
 
 
 @dataclass
-class _Pathwise(_Weighted):
+class _Pathwise(Weighted):
     """Objectives whose guide learns through its draws alone, and not through its density.
 
     The guide runs twice: to draw, and to score the draws. Noise of its own, such as dropout, would
@@ -247,7 +140,7 @@ class DReG(_Pathwise):
         return share, share.square()
 
     def _value(self, log_w: Tensor) -> Tensor:
-        return _bound(log_w, 0.0)
+        return bound(log_w, 0.0)
 
 
 @dataclass
@@ -276,7 +169,7 @@ class StickingTheLanding(_Pathwise):
 
 
 @dataclass
-class ReweightedWakeSleep(_Weighted):
+class ReweightedWakeSleep(Weighted):
     r"""Reweighted wake-sleep: model and guide both fit draws in the proportion of their weights.
 
     The guide needs no pathwise gradient, so latents may be discrete. Wake phase alone.
@@ -307,44 +200,12 @@ class ReweightedWakeSleep(_Weighted):
         ]
         weights = self._weights(*scored)
         share = torch.softmax(weights.log_w, 0).detach()
-        terms = weights.terms(-_bound(weights.log_w, 0.0).detach())
+        terms = weights.terms(-bound(weights.log_w, 0.0).detach())
         gain = (share * (weights.log_p + weights.log_q)).sum()
         return terms._replace(loss=_with_gradient(terms.loss, -weights.scale * gain))
-
-
-def _bound(log_w: Tensor, alpha: float) -> Tensor:
-    """The bound on log p(x) for each datum (N,), in nats."""
-    if alpha == 1.0:
-        return log_w.mean(0)
-    order = 1.0 - alpha
-    return (torch.logsumexp(order * log_w, 0) - math.log(len(log_w))) / order
 
 
 def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """This value with the gradient of another."""
     surrogate = surrogate.to(value.dtype)
     return value.detach() + (surrogate - surrogate.detach())
-
-
-def _scales(model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
-    """The scale of the sum over the data, and the KL weight: each one number for all sites."""
-    sites = [
-        *observed_sites(model_trace),
-        *latent_sites(model_trace),
-        *latent_sites(guide_trace),
-    ]
-    scale = unweighted_scale(sites[0][1])
-    for name, site in sites:
-        other = unweighted_scale(site)
-        same = other is scale or (
-            not isinstance(other, Tensor) and not isinstance(scale, Tensor) and other == scale
-        )
-        if not same:
-            raise ValueError(
-                f"site {name!r}: expected the scale {scale} of the other sites, got {other}; a "
-                "weight of a datum has one scale for all its sites (a KL weight is pv.kl_weight)."
-            )
-    latents = [site for _, site in latent_sites(guide_trace)]
-    if not latents or "unweighted_scale" not in latents[0]["infer"]:
-        return scale, 1.0
-    return scale, latents[0]["scale"] / scale
