@@ -20,7 +20,7 @@ from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
 
-__all__ = ["blocks"]
+__all__ = ["Weigher", "blocks", "check_options", "data_blocks", "of_data"]
 
 DATA_BLOCK = 100
 # A GPU is idle between blocks: there they are larger, and its noise is another anyway.
@@ -47,31 +47,52 @@ def blocks(
     Raises:
         ValueError: See ``log_weights``.
     """
+    check_options(num_particles, chunk_size, compile=compile)
+    args = on_device(args, device_of(model, guide))
+    weigher = Weigher(data_size(args), num_particles, chunk_size, compile)
+    for index, block in enumerate(data_blocks(args)):
+        # Gradients are off and modules at rest only while a block is computed, not between.
+        with at_rest(model, guide):
+            pair = Pair(model, guide, block, data_plate, autocast)
+        yield of_data(pair, weigher, num_particles, ("evidence", seed, index))
+
+
+def check_options(num_particles: int, chunk_size: int | None, *, compile: Compile) -> None:
+    """Refuse options that make no sense."""
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, got {num_particles}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 particle or None, got {chunk_size}.")
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile: expected True, False or "auto", got {compile!r}.')
-    args = on_device(args, device_of(model, guide))
+
+
+def data_blocks(args: Arguments) -> Iterator[Arguments]:
+    """The arguments of a pair, cut along the data."""
     size = data_size(args)
-    weigher = _Weigher(size, num_particles, chunk_size, compile)
-    for index, start in enumerate(range(0, size, DATA_BLOCK)):
-        block = tuple(
+    for start in range(0, size, DATA_BLOCK):
+        yield tuple(
             a[start : start + DATA_BLOCK]
             if isinstance(a, Tensor) and a.dim() > 0 and len(a) == size
             else a
             for a in args
         )
-        # Gradients are off and modules at rest only while a block is computed, not between.
-        with at_rest(model, guide):
-            pair = Pair(model, guide, block, data_plate, autocast)
-        yield _of_data(pair, weigher, num_particles, seed, index)
 
 
-def _of_data(
-    pair: Pair, weigher: "_Weigher", num_particles: int, seed: int, index: int
+def of_data(
+    pair: Pair, weigher: "Weigher", num_particles: int, stream: tuple[int | str, ...]
 ) -> Iterator[Tensor]:
+    """The log-weights (k, n) of one block of data, block of particles by block.
+
+    Args:
+        pair: The pair on that block of data.
+        weigher: Computes the weights.
+        num_particles: Number of particles.
+        stream: The seed of the data's block, to which that of each block of particles is added.
+
+    Raises:
+        ValueError: A weight is NaN or infinite; the message names the site.
+    """
     at_once = PARTICLE_BLOCK[_device_type(pair)]
     starts = range(0, num_particles, at_once)
     # Flags of their own would be small tensors between large ones, and the heap would grow.
@@ -79,18 +100,25 @@ def _of_data(
     for number, start in enumerate(starts):
         particles = min(at_once, num_particles - start)
         with at_rest(pair.model, pair.guide), pyro.validation_enabled(is_validate=False):
-            log_w = weigher(pair, particles, ("evidence", seed, index, number))
+            log_w = weigher(pair, particles, (*stream, number))
         finite[number] = (log_w < math.inf).all()
         yield log_w
     # Read once for all particles, since reading waits for the device.
     for number, good in enumerate(finite.tolist()):
         if not good:
             particles = min(at_once, num_particles - number * at_once)
-            raise ValueError(pair.blame(particles, ("evidence", seed, index, number)))
+            raise ValueError(pair.blame(particles, (*stream, number)))
 
 
-class _Weigher:
-    """Decides for each shape of block how it is computed, and computes it."""
+class Weigher:
+    """Decides for each shape of block how it is computed, and computes it.
+
+    Args:
+        size: Number of data in all, counted as often as they are weighed.
+        num_particles: Number of particles for each datum.
+        chunk_size: Particles that the model scores at once, or None.
+        compile: Compile the weights; see ``log_weights``.
+    """
 
     def __init__(
         self, size: int, num_particles: int, chunk_size: int | None, compile: Compile

@@ -1,6 +1,7 @@
 """Two models judged on the same data."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,17 @@ class Comparison:
         standard_error: Monte Carlo standard error of each difference, ``(N,)``.
         first: The mean under the first model.
         second: The mean under the second.
+        estimator_error: The Monte Carlo standard error of the mean difference for these data.
+        shared_error: The part of it that more data do not average out, since all data share draws
+            of global latents (``log_predictive``).
     """
 
     difference: Tensor
     standard_error: Tensor
     first: float
     second: float
+    estimator_error: float
+    shared_error: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -44,12 +50,9 @@ class Comparison:
         it; ``estimator_error`` is the second alone.
         """
         n = len(self.difference)
-        return self.difference.std().item() / n**0.5 if n > 1 else float("nan")
-
-    @property
-    def estimator_error(self) -> float:
-        """The Monte Carlo standard error of the mean difference for these data."""
-        return self.standard_error.square().sum().sqrt().item() / len(self.difference)
+        if n == 1:
+            return math.nan
+        return math.hypot(self.difference.std().item() / n**0.5, self.shared_error)
 
     @property
     def share(self) -> float:
@@ -71,7 +74,7 @@ def compare(first: Estimate, second: Estimate) -> Comparison:
               \mathrm{se}(\bar\Delta) = \mathrm{sd}(\Delta) / \sqrt N
 
     Args:
-        first: The estimate of a model, of ``log_evidence``.
+        first: The estimate of a model, of ``log_evidence`` or ``log_predictive``.
         second: Of another model, on the same data in the same order.
 
     Returns:
@@ -98,7 +101,14 @@ def compare(first: Estimate, second: Estimate) -> Comparison:
             "differences mean nothing; judge both models on the same tensor."
         )
     error = (first.standard_error.square() + second.standard_error.square()).sqrt()
-    return Comparison(first.value - second.value, error, first.mean, second.mean)
+    return Comparison(
+        first.value - second.value,
+        error,
+        first.mean,
+        second.mean,
+        estimator_error=math.hypot(first.mean_standard_error, second.mean_standard_error),
+        shared_error=math.hypot(first.shared_error, second.shared_error),
+    )
 
 
 def fingerprint(args: tuple[Any, ...]) -> str:

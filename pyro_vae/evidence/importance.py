@@ -30,7 +30,7 @@ from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
 
-__all__ = ["log_evidence", "log_weights"]
+__all__ = ["Sums", "log_evidence", "log_weights"]
 
 
 def log_weights(
@@ -147,14 +147,14 @@ def log_evidence(
         compile=compile,
         autocast=autocast,
     )
-    sums: _Sums | None = None
+    sums: Sums | None = None
     start = 0
     for of_particles in of_data:
         width = 0
         for log_w in of_particles:
             width = log_w.shape[1]
             if sums is None:
-                sums = _Sums(data_size(args), log_w.device)
+                sums = Sums(data_size(args), log_w.device)
             sums.add(log_w, slice(start, start + width))
             if progress is not None:
                 progress(log_w.numel())
@@ -163,7 +163,7 @@ def log_evidence(
     return sums.estimate(num_particles, fingerprint(args))
 
 
-class _Sums:
+class Sums:
     """Running sums over particles of exp(log w - top), its square, and log w; float64, (N,).
 
     They stay where they are: new ones for every block, between its large tensors, would keep the

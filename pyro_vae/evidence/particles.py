@@ -9,7 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, seeded
-from pyro_vae.inference.data_plate import data_dim, data_size, per_datum
+from pyro_vae.inference.data_plate import add_up, data_dim, data_size, per_datum
+from pyro_vae.inference.enumeration import factors, sums_out, unpacked
 from pyro_vae.inference.handlers import (
     Program,
     Site,
@@ -45,7 +46,10 @@ class Pair:
         data_plate: str | None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        structure = inspect(model, guide, args, {})
+        structure = inspect(model, guide, args, {}, sums=True)
+        drawn = {name for name, _ in latent_sites(structure.guide_trace)}
+        in_model = (name for name, _ in latent_sites(structure.model_trace))
+        self.sums = any(name not in drawn for name in in_model)
         self.model, self.guide, self.args = model, guide, args
         self.nesting = structure.max_plate_nesting
         self.dim = data_dim(structure, data_size(args), data_plate)
@@ -59,14 +63,28 @@ class Pair:
 
     def score(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
         """Joint log-densities log p(x, z) of particles that a guide's trace holds."""
-        replayed = poutine.replay(self.model, trace=guide_trace)
         with torch.autocast(
             self.device.type if self.device is not None else "cpu",
             dtype=self.autocast,
             enabled=self.autocast is not None,
         ):
-            trace = self._trace(replayed, args, particles)
+            if self.sums:
+                return self._score_with_sums(args, guide_trace, particles)
+            trace = self._trace(poutine.replay(self.model, trace=guide_trace), args, particles)
             return self._per_datum([*latent_sites(trace), *observed_sites(trace)], particles)
+
+    def _score_with_sums(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
+        """The same where the model has discrete latents of its own: these are summed out."""
+        inside = sums_out(in_particles(self.model, particles, self.nesting), self.nesting + 1)
+        replayed = poutine.replay(inside, trace=guide_trace)
+        trace = poutine.util.prune_subsample_sites(self._run(replayed, args, particles))
+        trace.symbolize_dims()
+        drawn = frozenset(name for name, _ in latent_sites(guide_trace))
+        log_probs = (
+            (factor.names[0], unpacked(trace, factor, particles, self.nesting))
+            for factor in factors(trace, drawn)
+        )
+        return add_up(log_probs, particles, nesting=self.nesting, dim=self.dim)
 
     def part(self, guide_trace: Trace, chunk: slice) -> Trace:
         """The trace of some of the particles."""
@@ -100,7 +118,9 @@ class Pair:
         return f"{blamed} for some data. Did training diverge? Check the pair's parameters."
 
     def _trace(self, program: Program, args: Arguments, particles: int) -> Trace:
-        inside = in_particles(program, particles, self.nesting)
+        return self._run(in_particles(program, particles, self.nesting), args, particles)
+
+    def _run(self, inside: Program, args: Arguments, particles: int) -> Trace:
         try:
             return poutine.trace(inside).get_trace(*args)
         except Exception as error:
