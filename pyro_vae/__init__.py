@@ -2,11 +2,14 @@
 
 from pyro_vae.data import Labels, Split, load_data
 from pyro_vae.evidence.compare import Comparison, compare
-from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
+from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
 from pyro_vae.inference.free_bits import FreeBits
 from pyro_vae.inference.handlers import kl_weight
 from pyro_vae.inference.loop import DivergedError, warmup
+from pyro_vae.inference.refine import refine
+from pyro_vae.inference.stratified import Stratified
 from pyro_vae.inference.svi import SVI
 from pyro_vae.inference.weighted import (
     DReG,
@@ -17,10 +20,13 @@ from pyro_vae.inference.weighted import (
 from pyro_vae.program import distributions, families, networks, priors
 from pyro_vae.program.autoregressive import Autoregressive
 from pyro_vae.program.conditional import Conditional, ConditionalFlow
+from pyro_vae.program.masked import Masked
 from pyro_vae.program.vae import Guide, Model, decode, encode, generate, reconstruct
+from pyro_vae.runs.compare import RunComparison, compare_runs
 from pyro_vae.runs.evaluate import evaluate_run
 from pyro_vae.runs.fit import History, fit
 from pyro_vae.runs.load import load
+from pyro_vae.runs.swaps import compare_swaps
 
 __all__ = [
     "SVI",
@@ -36,11 +42,17 @@ __all__ = [
     "History",
     "ImportanceWeighted",
     "Labels",
+    "Masked",
     "Model",
+    "PredictiveEstimate",
     "ReweightedWakeSleep",
+    "RunComparison",
     "Split",
     "StickingTheLanding",
+    "Stratified",
     "compare",
+    "compare_runs",
+    "compare_swaps",
     "decode",
     "distributions",
     "encode",
@@ -48,13 +60,16 @@ __all__ = [
     "families",
     "fit",
     "generate",
+    "joint_log_weights",
     "kl_weight",
     "load",
     "load_data",
     "log_evidence",
+    "log_predictive",
     "log_weights",
     "networks",
     "priors",
     "reconstruct",
+    "refine",
     "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample and report, for the common case.
+"""The command line: train, evaluate, compare, sample and report, for the common case.
 
 This is the one place where names select pieces; in the library the pieces are passed themselves.
 """
@@ -256,6 +256,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"figures: {run.path / 'evidence.json'}; pictures: {run.path / 'report.html'}")
 
 
+def _compare(args: argparse.Namespace) -> None:
+    print(pv.compare_runs(args.runs, out=args.out))
+    if args.out is not None:
+        print(f"figures: {Path(args.out) / 'comparison.json'}, comparison.png")
+
+
 def _sample(args: argparse.Namespace) -> None:
     run = Run.open(args.run)
     model, _ = pv.load(args.run)
@@ -286,7 +292,13 @@ def _report(args: argparse.Namespace) -> None:
     print(draw_run(run, model, guide))
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "sample": _sample, "report": _report}
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "sample": _sample,
+    "report": _report,
+}
 
 
 def _show_warning(message: Any, *_: Any) -> None:

@@ -25,7 +25,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     """The parser of the whole command line.
 
     Args:
-        commands: What is to be run for "train", "evaluate", "sample" and "report".
+        commands: What is to be run under each of its words: "train", "evaluate"...
     """
     whole = argparse.ArgumentParser(
         prog="pyro-vae", description="Variational autoencoders as Pyro programs: say, fit, judge."
@@ -56,6 +56,10 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the particles")
     evaluate.add_argument("--compile", **_COMPILE)
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
+
+    compare = command("compare", "hold judged runs against the first, datum by datum")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run directories, baseline first")
+    compare.add_argument("--out", help="folder for comparison.json and comparison.png")
 
     sample = command("sample", "generate data from the prior")
     sample.add_argument("run", metavar="RUN", help="run directory")

@@ -58,6 +58,7 @@ def test_the_refusal_names_row_and_choices():
     for choice in (
         "families.binomial with total_count=4",
         "families.categorical with 5 params",
+        "families.discretized with num_levels=5",
         "data.dequantize()",
         "data.binarize()",
         "data.binarize_dynamic()",

@@ -64,11 +64,14 @@ def densities(kind: Kind, num_levels: int | None, *, raw: bool = True) -> str:
     if kind is Kind.LEVELS and num_levels is not None:
         return (
             f"Use families.binomial with total_count={num_levels - 1}, families.categorical with "
-            f"{num_levels} params per dimension, families.normal or families.laplace after "
+            f"{num_levels} params per dimension, families.discretized with "
+            f"num_levels={num_levels}, families.normal or families.laplace after "
             f"data.dequantize(), or {binarized}"
         )
-    continuous = "Use families.normal or families.laplace"
-    return f"{continuous}, or {binarized}" if kind is Kind.UNIT_INTERVAL and raw else continuous
+    if kind is Kind.REAL:
+        return "Use families.normal, families.laplace or families.student_t"
+    continuous = "Use families.continuous_bernoulli, families.normal or families.laplace"
+    return f"{continuous}, or {binarized}" if raw else continuous
 
 
 def check_part(

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from pyro_vae.context import bare
 from pyro_vae.inference.handlers import Program
 
 __all__ = ["resolve_device"]
@@ -20,7 +21,7 @@ def resolve_device(device: str | torch.device, *programs: Program) -> torch.devi
         ValueError: The device is not there.
     """
     if device == "auto":
-        movable = all(isinstance(program, nn.Module) for program in programs)
+        movable = all(isinstance(bare(program), nn.Module) for program in programs)
         return torch.device("cuda" if movable and torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)

@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.context import seeded
+from pyro_vae.context import bare, seeded
 from pyro_vae.data import PARTS, Kind, Split, restore
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence
@@ -76,7 +76,7 @@ def evaluate_run(
     _check_prepared_alike(data, config["data"])
     pair = load(run, model=model, guide=guide)
     target = resolve_device(device, *pair)
-    for program in pair:
+    for program in map(bare, pair):
         if isinstance(program, nn.Module):
             program.to(target)
     args = tuple(a.to(target) for a in _rows(data, part, limit, seed))
@@ -103,6 +103,7 @@ def evaluate_run(
         "part": part if isinstance(data, Split) else "given",
         "num_data": len(args[0]),
         **_figures(estimate, data),
+        "fingerprint": estimate.data,
         "num_particles": num_particles,
         "seed": seed,
         "seconds": time.perf_counter() - started,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vae.context import at_rest, forked, seeded
+from pyro_vae.context import at_rest, bare, forked, seeded
 from pyro_vae.data import Split
 from pyro_vae.graph.work import WORTH_COMPILING, Work
 from pyro_vae.inference.compiled import Compile
@@ -151,7 +151,7 @@ def fit(
             f"give at most {len(train[0])}."
         )
     target = resolve_device(device, model, guide)
-    for program in (model, guide):
+    for program in map(bare, (model, guide)):
         if isinstance(program, nn.Module):
             program.to(target)
     train = tuple(t.to(target) for t in train)

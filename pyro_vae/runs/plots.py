@@ -29,6 +29,7 @@ from pyro_vae.runs.tiles import interpolations, manifold, reconstructions, sampl
 
 __all__ = [
     "bound",
+    "differences",
     "evidence",
     "interpolations",
     "latents",
@@ -235,4 +236,50 @@ def evidence(
     if np.isfinite(mean):
         axes.axvline(mean, color=ORANGE, linewidth=2, label="mean")
         axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def differences(rows: Sequence[Mapping[str, Any]], name: str = "log p(x)") -> Figure:
+    """Several models on the same data: their bounds, and what each gains over the first.
+
+    Args:
+        rows: One mapping a model, the baseline first: "name", "elbo", "log_evidence",
+            "difference" and "difference_error" (None for the baseline), nats per datum.
+        name: What the values are.
+
+    Raises:
+        ValueError: There are less than two rows.
+
+    Example:
+        >>> row = {"name": "a", "elbo": -2.0, "log_evidence": -1.0, "difference": None}
+        >>> other = {**row, "name": "b", "difference": 0.5, "difference_error": 0.1}
+        >>> [axes.get_xlabel() for axes in differences([row, other]).axes]
+        ['nats per datum', 'difference to a (nats per datum)']
+    """
+    if len(rows) < 2:
+        raise ValueError(f"rows: expected at least two models, got {len(rows)}")
+    baseline = rows[0]["name"]
+    subtitle = (
+        f"left: {name} and, hollow, the ELBO; right: the paired difference to {baseline}, with "
+        "bars of two standard errors"
+    )
+    figure = new_figure("What each swap gains", subtitle, height=0.9 + 0.36 * len(rows))
+    grid = figure.add_gridspec(1, 2)
+    left = panel(figure, grid[0], xlabel="nats per datum")
+    label = f"difference to {baseline} (nats per datum)"
+    right = panel(figure, grid[1], left, xlabel=label)
+    right.tick_params(labelleft=False)
+    heights = np.arange(len(rows))[::-1]
+    for height, row in zip(heights, rows, strict=True):
+        gap = [row["elbo"], row["log_evidence"]]
+        left.plot(gap, [height, height], color=BLUE, linewidth=1, alpha=0.5)
+        left.plot(gap[0], height, "o", color=BLUE, markerfacecolor="white")
+        left.plot(gap[1], height, "o", color=BLUE)
+        if row["difference"] is not None:
+            spread = 2 * row["difference_error"]
+            right.errorbar(row["difference"], height, xerr=spread, fmt="o", color=ORANGE, capsize=3)
+    right.axvline(0.0, color=INK, linewidth=1)
+    left.set_yticks(heights, [row["name"] for row in rows], fontsize=10, color=INK)
+    left.set_ylim(-0.6, len(rows) - 0.4)
     return figure

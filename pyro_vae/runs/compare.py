@@ -1,0 +1,159 @@
+"""Hold judged runs against each other, datum by datum: which swap helped?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.evidence.compare import Comparison, compare
+from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.runs import plots
+from pyro_vae.runs.directory import Run
+
+__all__ = ["RunComparison", "compare_runs"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunComparison:
+    """Judged runs, and what each gains over the first; ``str`` of it is a table.
+
+    Attributes:
+        estimates: From the name of each run to its log-evidence; the first is the baseline.
+        differences: From the name of every other run to its paired difference to the baseline.
+        rows: One dict a run: ``name``, ``elbo``, ``log_evidence``, ``mean_standard_error``,
+            ``sampling_error``, ``bias``, ``ess_median``, ``bits_per_dim`` (None where data have no
+            levels), ``difference``, ``difference_error``, ``share`` (None for the baseline),
+            ``epochs`` and ``train_seconds``; nats per datum.
+    """
+
+    estimates: dict[str, Estimate]
+    differences: dict[str, Comparison]
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        with_bits = any(row["bits_per_dim"] is not None for row in self.rows)
+        head = ["", "ELBO", "log p(x)", "+-", "difference", "+-", "better on"]
+        lines = [head + ["bits/dim"] * with_bits]
+        for row in self.rows:
+            cells = [row["name"], f"{row['elbo']:.2f}", f"{row['log_evidence']:.2f}"]
+            cells.append(f"{row['mean_standard_error']:.3f}")
+            if row["difference"] is None:
+                cells += ["", "", ""]
+            else:
+                cells += [f"{row['difference']:+.2f}", f"{row['difference_error']:.3f}"]
+                cells.append(f"{row['share']:.0%}")
+            bits = row["bits_per_dim"]
+            lines.append(cells + ["" if bits is None else f"{bits:.4f}"] * with_bits)
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def compare_runs(
+    runs: Mapping[str, str | Path] | Sequence[str | Path], *, out: str | Path | None = None
+) -> RunComparison:
+    """Compare judged runs with the first of them by paired differences of log p(x).
+
+    Args:
+        runs: Run directories that ``evaluate_run`` has judged on the same data, by name or, under
+            the names of their folders, in a list. The first is the baseline.
+        out: A folder for ``comparison.json`` (the rows) and ``comparison.png``; it is made.
+
+    Returns:
+        The comparison. Print it.
+
+    Raises:
+        FileNotFoundError: A directory holds no run.
+        ValueError: There are less than two runs, two of one name, one that was not judged, or
+            they were judged on other data, or by figures of another quantity.
+        OSError: ``out`` can't be written.
+    """
+    named = _named(runs)
+    baseline = next(iter(named))
+    folders = {name: Run.open(path) for name, path in named.items()}
+    judged = {name: _judged(folder) for name, folder in folders.items()}
+    quantity = judged[baseline][1]["quantity"]
+    differences: dict[str, Comparison] = {}
+    rows = []
+    for name, (estimate, summary) in judged.items():
+        if summary["quantity"] != quantity:
+            raise ValueError(
+                f"compare_runs: {name} was judged by its {summary['quantity']}, {baseline} by its "
+                f"{quantity}; a difference of the two means nothing."
+            )
+        if name != baseline:
+            try:
+                differences[name] = compare(estimate, judged[baseline][0])
+            except ValueError as error:
+                raise ValueError(f"compare_runs: {name} and {baseline}: {error}") from error
+        rows.append(_row(name, folders[name], estimate, summary, differences.get(name)))
+    found = RunComparison({name: j[0] for name, j in judged.items()}, differences, rows)
+    if out is not None:
+        folder = Run(out)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        machine = judged[baseline][1].get("machine")
+        kept = {"quantity": quantity, "baseline": baseline, "machine": machine, "rows": rows}
+        folder.write_json("comparison.json", kept)
+        plots.save(plots.differences(rows, str(quantity)), folder.path / "comparison.png")
+    return found
+
+
+def _named(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
+    if isinstance(runs, Mapping):
+        named = {name: Path(path) for name, path in runs.items()}
+    else:
+        named = {Path(path).resolve().name: Path(path) for path in runs}
+        if len(named) < len(runs):
+            raise ValueError(
+                "compare_runs: two runs have folders of one name; give them names of their own, "
+                "{'first': 'a/run', 'second': 'b/run'}."
+            )
+    if len(named) < 2:
+        raise ValueError(f"compare_runs: expected at least two runs, got {len(named)}.")
+    return named
+
+
+def _judged(run: Run) -> tuple[Estimate, dict[str, Any]]:
+    """The estimate that the last evaluation has left, and its summary."""
+    arrays = run.read_arrays("evidence.npz")
+    if not arrays or not (run.path / "evidence.json").is_file():
+        raise ValueError(
+            f"{run.path}: the run was not judged; call evaluate_run({str(run.path)!r}) or "
+            f"pyro-vae evaluate {run.path} first."
+        )
+    summary = run.read_json("evidence.json")
+    columns = {key: torch.as_tensor(values) for key, values in arrays.items()}
+    count, data = summary["num_particles"], summary.get("fingerprint", "")
+    return Estimate(**columns, num_particles=count, data=data), summary
+
+
+def _row(
+    name: str,
+    run: Run,
+    estimate: Estimate,
+    summary: dict[str, Any],
+    difference: Comparison | None,
+) -> dict[str, Any]:
+    records, _ = run.read_metrics()
+    return {
+        "name": name,
+        "elbo": estimate.elbo.mean().item(),
+        "log_evidence": estimate.mean,
+        "mean_standard_error": estimate.mean_standard_error,
+        "sampling_error": estimate.sampling_error,
+        "bias": estimate.bias,
+        "ess_median": estimate.ess.median().item(),
+        "bits_per_dim": summary.get("bits_per_dim"),
+        "difference": None if difference is None else difference.mean,
+        "difference_error": None if difference is None else difference.mean_standard_error,
+        "share": None if difference is None else difference.share,
+        "epochs": len(records),
+        "train_seconds": records[-1]["seconds"] if records else None,
+    }

@@ -1,0 +1,125 @@
+"""Train several pairs on the same data, judge them, and hold them against the first."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.data import Split
+from pyro_vae.runs.compare import RunComparison, compare_runs
+from pyro_vae.runs.directory import Run
+from pyro_vae.runs.evaluate import evaluate_run
+from pyro_vae.runs.fit import fit
+
+__all__ = ["compare_swaps"]
+
+
+def compare_swaps(
+    swaps: Mapping[str, Callable[[], tuple[Any, Any]]],
+    data: Split,
+    *,
+    out: str | Path,
+    num_particles: int = 5000,
+    limit: int | None = None,
+    losses: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> RunComparison:
+    """Train and judge each swap alike, and compare them with the first.
+
+    Each swap has a run directory of its own below ``out``. A call that was stopped goes on where it
+    stopped: judged runs are left as they are, a training that had begun is resumed.
+
+    Args:
+        swaps: From a name to a function that makes the pair, called under
+            ``torch.manual_seed(seed)``; the first is the baseline.
+        data: What all are trained and judged on.
+        out: The folder; ``comparison.json`` and ``comparison.png`` come to lie in it.
+        num_particles: Importance weights per held-out datum.
+        limit: Judge so many held-out data, spread evenly; all by default.
+        losses: The loss of those swaps that have one of their own, by name.
+        seed: Seed of initial weights, training and particles.
+        device: "auto", "cpu", "cuda"...
+        progress: Show bars on a terminal, lines elsewhere.
+        options: Of ``fit``, for all: ``epochs``, ``batch_size``, ``loss``, ``optimizer``...
+
+    Returns:
+        The comparison. Print it.
+
+    Raises:
+        ValueError: There are less than two swaps; or what ``fit`` and ``evaluate_run`` say.
+
+    Example:
+        >>> import tempfile
+        >>> def pair(prior):
+        ...     encoder = pv.Conditional(pv.networks.mlp(64, (2, 2)), pv.families.normal)
+        ...     likelihood = pv.Conditional(pv.networks.mlp(2, (1, 64)), pv.families.bernoulli)
+        ...     return pv.Model(prior, likelihood), pv.Guide(encoder)
+        >>> swaps = {
+        ...     "N(0, I)": lambda: pair(pv.priors.StandardNormal(2)),
+        ...     "mixture": lambda: pair(pv.priors.Mixture(pv.families.normal, 5, (2, 2))),
+        ... }
+        >>> data = pv.load_data("digits").binarize()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = pv.compare_swaps(
+        ...         swaps, data, out=folder, epochs=1, num_particles=10, progress=False
+        ...     )
+        >>> list(found.differences)
+        ['mixture']
+    """
+    if len(swaps) < 2:
+        raise ValueError(f"compare_swaps: expected at least two swaps, got {len(swaps)}.")
+    folders = {name: Path(out) / _folder(name) for name in swaps}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(
+            f"compare_swaps: expected names that differ in their letters and digits, got "
+            f"{list(swaps)}."
+        )
+    for name, make in swaps.items():
+        run = folders[name]
+        if _judged(run, num_particles, limit, seed):
+            continue
+        torch.manual_seed(seed)
+        model, guide = make()
+        own = {"loss": losses[name]} if losses is not None and name in losses else {}
+        fit(
+            model,
+            guide,
+            data,
+            out=run,
+            resume=(run / "config.json").is_file(),
+            seed=seed,
+            device=device,
+            progress=progress,
+            **{**options, **own},
+        )
+        evaluate_run(
+            run,
+            num_particles=num_particles,
+            limit=limit,
+            data=data,
+            model=model,
+            guide=guide,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    return compare_runs(folders, out=out)
+
+
+def _folder(name: str) -> str:
+    """A name as one of a folder."""
+    kept = "".join(c if c.isalnum() else "-" for c in name.lower())
+    return "-".join(part for part in kept.split("-") if part) or "swap"
+
+
+def _judged(folder: Path, num_particles: int, limit: int | None, seed: int) -> bool:
+    if not (folder / "evidence.json").is_file():
+        return False
+    summary = Run(folder).read_json("evidence.json")
+    if summary["num_particles"] != num_particles or summary["seed"] != seed:
+        return False
+    return limit is None or summary["num_data"] == limit

@@ -1,0 +1,119 @@
+"""Runs held against each other: the figures, the picture, and what can't be compared."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import bernoulli_pair, bits
+
+import pyro_vae as pv
+from pyro_vae import cli
+from pyro_vae.runs import plots
+
+X = bits(40)
+EVALUATE = partial(pv.evaluate_run, num_particles=10, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("pyro_vae.runs.fit.draw_run", lambda *run: None)
+
+
+def run(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    pv.fit(*bernoulli_pair(), X, epochs=1, batch_size=20, out=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    found = [run(tmp_path / name, seed) for seed, name in enumerate(("one", "two", "three"))]
+    for folder in found:
+        EVALUATE(folder, data=X)
+    return found
+
+
+def test_differences_are_those_of_the_estimates(runs, tmp_path):
+    out = tmp_path / "out"
+    found = pv.compare_runs(runs, out=out)
+    assert list(found.estimates) == ["one", "two", "three"]
+    estimates = [EVALUATE(folder, data=X) for folder in runs]
+    for name, estimate in zip(("two", "three"), estimates[1:], strict=True):
+        expected = pv.compare(estimate, estimates[0])
+        difference = found.differences[name]
+        torch.testing.assert_close(difference.difference, expected.difference)
+        assert difference.mean_standard_error == pytest.approx(expected.mean_standard_error)
+        assert f"{expected.mean:+.2f}" in str(found)
+    kept = json.loads((out / "comparison.json").read_text())
+    assert kept["baseline"] == "one"
+    assert [row["name"] for row in kept["rows"]] == ["one", "two", "three"]
+    assert kept["rows"][0]["difference"] is None
+    assert kept["rows"][1]["log_evidence"] == pytest.approx(estimates[1].mean)
+    assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_line_prints_the_table(runs, capsys):
+    assert cli.main(["compare", *map(str, runs)]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("one", "two", "three", "difference"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: r[:1], "at least two runs, got 1"),
+        (lambda r: [r[0], r[0].parent / "none"], "is no run directory"),
+        (lambda r: [r[0], run(r[0].parent / "fresh")], "the run was not judged"),
+        (lambda r: [r[0], r[0]], "two runs have folders of one name"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(runs, spoil, message, capsys):
+    assert cli.main(["compare", *map(str, spoil(runs))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_data_are_refused(runs):
+    EVALUATE(runs[1], data=1 - X)
+    with pytest.raises(ValueError, match=r"two and one: .*other data"):
+        pv.compare_runs(runs)
+
+
+def test_scores_and_probabilities_are_refused(runs):
+    path = runs[2] / "evidence.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantity": "score"}))
+    with pytest.raises(ValueError, match=r"three was judged by its score, one by its log p\(x\)"):
+        pv.compare_runs(runs)
+
+
+def swaps() -> dict[str, Any]:
+    return {"N(0, I)": bernoulli_pair, "wider": partial(bernoulli_pair, latent_dim=3)}
+
+
+def test_swaps_are_trained_judged_and_gone_on_with(tmp_path, monkeypatch):
+    data = pv.load_data({"train": X.numpy(), "valid": X[:10].numpy(), "test": X[:20].numpy()})
+    options: Any = {"epochs": 2, "batch_size": 20, "num_particles": 5, "progress": False}
+    found = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"n-0-i", "wider"}
+    assert len(found.estimates["wider"].value) == 20
+    monkeypatch.setattr("pyro_vae.runs.swaps.fit", None)  # nothing is trained anew
+    again = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
+    assert again.rows == found.rows
+    (tmp_path / "wider" / "evidence.json").unlink()
+    monkeypatch.undo()
+    third = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
+    assert torch.equal(third.estimates["wider"].value, found.estimates["wider"].value)
+
+
+def test_names_that_are_one_folder_are_refused(tmp_path):
+    data = pv.load_data({"train": X.numpy(), "valid": X.numpy(), "test": X.numpy()})
+    pair = {"a b": bernoulli_pair, "A-B": bernoulli_pair}
+    with pytest.raises(ValueError, match="names that differ in their letters and digits"):
+        pv.compare_swaps(pair, data, out=tmp_path)
+
+
+def test_the_picture_wants_two_models():
+    with pytest.raises(ValueError, match="at least two models"):
+        plots.differences([])
