@@ -63,10 +63,61 @@ def section(name: str, figures: dict[str, Any]) -> str:
     )
 
 
+def comparison(name: str, figures: dict[str, Any]) -> str:
+    """Swaps that were trained on the same data: paired differences to the first."""
+    rows = figures["rows"]
+    with_bits = any(row["bits_per_dim"] is not None for row in rows)
+    lines = []
+    for row in rows:
+        cells = [row["name"], f"{row['elbo']:.2f}", f"{row['log_evidence']:.2f}"]
+        cells += [f"{row['mean_standard_error']:.3f}", f"{row['bias']:.3f}"]
+        paired = ["", "", ""]
+        if row["difference"] is not None:
+            paired = [f"**{row['difference']:+.2f}**", f"{row['difference_error']:.3f}"]
+            paired.append(f"{row['share']:.0%}")
+        bits = [f"{row['bits_per_dim']:.4f}"] if with_bits else []
+        lines.append([*cells, *paired, *bits, f"{row['epochs']}", f"{row['train_seconds']:,.0f}"])
+    head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
+    head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs", "seconds"]
+    facts = {f"protocol: {key}": text for key, text in figures["protocol"].items()}
+    if "machine" in figures:
+        machine = figures["machine"]
+        facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    if "amortization" in figures:
+        cost = figures["amortization"]
+        facts[f"gap of {cost['name']}, {cost['num_data']} test data"] = (
+            f"{cost['gap']:.2f} nats, of which {cost['amortization']:.2f} +- "
+            f"{cost['amortization_error']:.2f} amortization: what a diagonal normal of each "
+            "datum's own gains"
+        )
+    return "\n".join(
+        [
+            f"## {figures['title']}",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|---" * len(head) + "|",
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+            f"![{figures['title']}](results/{name}.png)",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {text} |" for key, text in facts.items()),
+            "",
+            f"Figures: [results/{name}.json](results/{name}.json)",
+            "",
+        ]
+    )
+
+
 def page(folder: Path) -> str:
     """The whole page from the figures in a folder."""
-    files = sorted(folder.glob("*.json"))
-    return "\n".join([HEAD, *(section(f.stem, json.loads(f.read_text())) for f in files)])
+    sections = []
+    for file in sorted(folder.glob("*.json")):
+        figures = json.loads(file.read_text())
+        write = comparison if "rows" in figures else section
+        sections.append(write(file.stem, figures))
+    return "\n".join([HEAD, *sections])
 
 
 def main() -> None:

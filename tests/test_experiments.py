@@ -21,7 +21,12 @@ DATA = os.environ.get("PYRO_VAE_DATA")
 NEEDS_DATA = {"binarized_mnist"}
 # Those that make pages of other experiments' figures.
 NO_TRAINING = {"tables"}
-EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING]
+# Those that train several swaps and end in a comparison.
+COMPARING = {"guides", "likelihoods", "priors"}
+COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
+# Those with tests of their own below.
+OF_THEIR_OWN = {"full_bayes"}
+EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING | COMPARING | OF_THEIR_OWN]
 
 
 def names(scripts: list[Path]) -> list[str]:
@@ -75,6 +80,41 @@ def test_an_experiment_runs_and_leaves_its_figures(script, monkeypatch, tmp_path
     assert f"{figures['log_evidence']:.3f}" in said
     assert str(out / "report.html") in said
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize("script", COMPARISONS, ids=names(COMPARISONS))
+def test_a_comparison_runs_and_leaves_its_figures(script, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "runs"
+    run(script, monkeypatch, "--smoke", "--out", str(out))
+    said = capsys.readouterr().out
+    figures = json.loads((out / "results.json").read_text())
+    assert len(figures["rows"]) >= 5
+    for row in figures["rows"]:
+        assert row["log_evidence"] >= row["elbo"]
+        assert row["name"] in said
+        assert f"{row['log_evidence']:.2f}" in said
+    assert all(row["difference_error"] > 0 for row in figures["rows"][1:])
+    assert {"title", "protocol", "machine", "baseline"} <= set(figures)
+    assert (out / "comparison.png").is_file()
+    assert str(out / "results.json") in said
+
+
+def test_full_bayes_compares_all_ways_on_every_number_of_data(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(FOLDER / "full_bayes.py", monkeypatch, "--smoke", "--out", str(out))
+    figures = json.loads((out / "results.json").read_text())
+    assert [row["num_train"] for row in figures["rows"]] == [25, 50]
+    for row in figures["rows"]:
+        assert row["bound"] <= row["tighter_bound"]
+        for way in ("full", "point", "stopped"):
+            assert math.isfinite(row[way]["log_density"])
+            assert row[way]["mean_standard_error"] > 0
+        gain = row["full"]["log_density"] - row["point"]["log_density"]
+        assert row["point"]["full_minus_this"] == pytest.approx(gain)
+    assert {"protocol", "seed", "num_test", "num_global", "num_particles"} <= set(figures)
+    said = capsys.readouterr().out
+    assert f"| 50 | {figures['rows'][1]['bound']:.2f} +- " in said
+    assert (out / "full_bayes.png").stat().st_size > 1000
 
 
 def test_the_pair_for_binarized_mnist_is_trained_and_judged_on_any_bits():

@@ -22,5 +22,12 @@ def test_every_result_states_its_protocol():
     assert {"static_binarized_mnist", "digits"} <= {file.stem for file in files}
     keys = {"log_evidence", "mean_standard_error", "sampling_error", "num_particles", "num_test"}
     keys |= {"train_seconds", "epochs", "seed", "protocol", "machine", "versions"}
+    of_rows = {"name", "elbo", "log_evidence", "difference", "difference_error", "train_seconds"}
     for file in files:
-        assert keys <= set(json.loads(file.read_text())), file
+        figures = json.loads(file.read_text())
+        if "rows" in figures:
+            assert {"title", "protocol", "machine", "baseline"} <= set(figures), file
+            assert all(of_rows <= set(row) for row in figures["rows"]), file
+            assert file.with_suffix(".png").is_file(), file
+        else:
+            assert keys <= set(figures), file

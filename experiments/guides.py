@@ -1,0 +1,156 @@
+"""One model, five guides: how much of the bound does the guide cost?
+
+The same model, networks and budget each time; only q(z|x) changes. log p(x) judges the model that a
+guide has led to, and the gap between log p(x) and the ELBO judges the guide. Refining the baseline
+for each test datum (`pv.refine`) says how much of its gap is amortization: what one network for all
+data costs against a diagonal normal of each datum's own.
+
+    python experiments/guides.py --out runs/guides
+    python experiments/guides.py --data binarized_mnist --root ../shared/data --epochs 60
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from pyro.distributions import transforms
+from torch import nn
+
+import pyro_vae as pv
+
+
+def swaps(
+    data: pv.Split, latent_dim: int, hidden_dims: tuple[int, ...], num_components: int
+) -> dict[str, Callable[[], tuple[pv.Model, pv.Guide]]]:
+    """The pairs: they differ in the encoder."""
+
+    def network(rows: int) -> nn.Module:
+        return pv.networks.gated_mlp(data.dim, (rows, latent_dim), hidden_dims=hidden_dims)
+
+    def normal() -> nn.Module:
+        return pv.Conditional(network(2), pv.families.normal)
+
+    def flow() -> nn.Module:
+        seen = pv.networks.gated_mlp(data.dim, (1, latent_dim), hidden_dims=hidden_dims)
+        iaf = partial(
+            transforms.conditional_affine_autoregressive, hidden_dims=[4 * latent_dim] * 2
+        )
+        return pv.ConditionalFlow(normal(), seen, iaf, (latent_dim, latent_dim))
+
+    def pair(encoder: nn.Module) -> tuple[pv.Model, pv.Guide]:
+        outward = pv.networks.gated_mlp(latent_dim, (1, data.dim), hidden_dims=hidden_dims[::-1])
+        likelihood = pv.Conditional(outward, pv.families.bernoulli)
+        return pv.Model(pv.priors.StandardNormal(latent_dim), likelihood), pv.Guide(encoder)
+
+    mixture = partial(pv.families.mixture, num_components=num_components)
+    return {
+        "diagonal": lambda: pair(normal()),
+        "low rank": lambda: pair(pv.Conditional(network(2 + 5), pv.families.low_rank_normal)),
+        "full covariance": lambda: pair(
+            pv.Conditional(network(1 + latent_dim), pv.families.full_normal)
+        ),
+        "mixture": lambda: pair(pv.Conditional(network(3 * num_components), mixture)),
+        "IAF": lambda: pair(flow()),
+    }
+
+
+def main() -> None:
+    """Train, judge, refine and compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="digits", help="digits, binarized_mnist, mnist...")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path("runs/guides"), help="goes on if there")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--warmup", type=int, help="epochs of it; a fifth by default")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--latent-dim", type=int, default=40)
+    parser.add_argument("--hidden-dims", type=int, nargs="+", default=[300, 300])
+    parser.add_argument("--num-components", type=int, default=3, help="of the mixture")
+    parser.add_argument("--num-particles", type=int, default=1000)
+    parser.add_argument("--refined", type=int, default=500, help="test data that are refined")
+    parser.add_argument("--steps", type=int, default=300, help="of the refinement")
+    parser.add_argument("--only", nargs="+", help="some of the guides, the baseline first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
+    args = parser.parse_args()
+    if args.smoke:
+        args.epochs, args.num_particles, args.refined, args.steps = 2, 20, 10, 5
+        args.hidden_dims, args.latent_dim = [16], 4
+    warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
+
+    data = pv.load_data(args.data, root=args.root)
+    data = data if data.num_levels is None else data.binarize()
+    print(data.summary())
+    pairs = swaps(data, args.latent_dim, tuple(args.hidden_dims), args.num_components)
+    if args.only:
+        pairs = {name: pairs[name] for name in args.only}
+    found = pv.compare_swaps(
+        pairs,
+        data,
+        out=args.out,
+        num_particles=args.num_particles,
+        losses={"mixture": pv.Stratified()},
+        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
+        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=args.epochs
+        ),
+        kl_weight=pv.warmup(warmup),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+    )
+    results = {
+        "title": f"Guides: {data.name}",
+        "protocol": {
+            "data": data.summary(),
+            "model": f"N(0, I) prior in {args.latent_dim} dimensions, gated layers "
+            f"{args.hidden_dims} on each side, Bernoulli likelihood; five columns of low rank, "
+            f"{args.num_components} normals in the mixture, two transforms in the IAF",
+            "training": f"Monte Carlo ELBO of one particle (one a component for the mixture), "
+            f"{args.epochs} epochs, batch {args.batch_size}, Adam, learning rate "
+            f"{args.learning_rate} with cosine schedule, KL weight warmed up over {warmup} epochs, "
+            f"parameters of the best validation bound, seed {args.seed}",
+            "evaluation": f"importance weighting with each guide, {args.num_particles} particles, "
+            f"all {len(data.test)} test data",
+        },
+        **json.loads((args.out / "comparison.json").read_text()),
+        "amortization": refinement(args, data, next(iter(pairs))),
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(found)
+    cost = results["amortization"]
+    print(
+        f"{cost['name']}, {cost['num_data']} test data: gap {cost['gap']:.2f} nats, of which "
+        f"{cost['amortization']:.2f} +- {cost['amortization_error']:.2f} amortization"
+    )
+    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'comparison.png'}")
+
+
+def refinement(args: argparse.Namespace, data: pv.Split, name: str) -> dict[str, float | str]:
+    """How much of the baseline's gap a diagonal normal of each datum's own closes."""
+    model, guide = pv.load(args.out / name.lower().replace(" ", "-"))
+    rows = torch.linspace(0, len(data.test) - 1, min(args.refined, len(data.test))).long()
+    x = data.test[rows]
+    before = pv.log_evidence(model, guide, x, num_particles=args.num_particles)
+    refined = pv.refine(model, guide, x, steps=args.steps)
+    after = pv.log_evidence(*refined, num_particles=args.num_particles)
+    gain = after.elbo - before.elbo
+    return {
+        "name": name,
+        "num_data": len(x),
+        "gap": after.mean - before.elbo.mean().item(),
+        "amortization": gain.mean().item(),
+        "amortization_error": gain.std().item() / len(gain) ** 0.5,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Grey levels, six likelihoods: which density explains them in the fewest bits?
+
+Every likelihood here gives probabilities to the integer levels themselves, so that all figures are
+log P(x) of the same data and can be compared: the normal and the Laplace are integrated over each
+level instead of being evaluated in its middle.
+
+    python experiments/likelihoods.py --out runs/likelihoods
+    python experiments/likelihoods.py --data frey_faces --root ../shared/data --epochs 600
+    python experiments/likelihoods.py --data mnist --root ../shared/data --epochs 20
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+
+import pyro_vae as pv
+
+
+def swaps(
+    data: pv.Split, latent_dim: int, hidden_dims: tuple[int, ...], num_components: int
+) -> dict[str, Callable[[], tuple[pv.Model, pv.Guide]]]:
+    """The pairs: they differ in the family, and in how many parameters the network gives it."""
+    levels = data.num_levels
+    assert levels is not None
+
+    def pair(num_params: int, family: Any) -> tuple[pv.Model, pv.Guide]:
+        inward = pv.networks.gated_mlp(data.dim, (2, latent_dim), hidden_dims=hidden_dims)
+        inward = pv.networks.rescaled(inward, scale=levels - 1.0)
+        outward = pv.networks.gated_mlp(
+            latent_dim, (num_params, data.dim), hidden_dims=hidden_dims[::-1]
+        )
+        encoder = pv.Conditional(inward, pv.families.normal)
+        likelihood = pv.Conditional(outward, family)
+        return pv.Model(pv.priors.StandardNormal(latent_dim), likelihood), pv.Guide(encoder)
+
+    rounded = partial(pv.families.discretized, num_levels=levels)
+    mixture = partial(pv.families.discretized_mixture, num_levels=levels)
+    found = {
+        "discretized logistic": lambda: pair(2, rounded),
+        "mixture of logistics": lambda: pair(3 * num_components, mixture),
+        "discretized normal": lambda: pair(2, partial(rounded, base=dist.Normal)),
+        "discretized Laplace": lambda: pair(2, partial(rounded, base=dist.Laplace)),
+        "binomial": lambda: pair(1, partial(pv.families.binomial, total_count=levels - 1)),
+    }
+    if levels <= 32:  # one output for each level of each pixel: with 256 of them too many weights
+        found["categorical"] = lambda: pair(levels, pv.families.categorical)
+    return found
+
+
+def main() -> None:
+    """Train, judge and compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="digits", help="digits, frey_faces, mnist...: levels")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path("runs/likelihoods"))
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--warmup", type=int, help="epochs of it; a fifth by default")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--latent-dim", type=int, default=40)
+    parser.add_argument("--hidden-dims", type=int, nargs="+", default=[300, 300])
+    parser.add_argument("--num-components", type=int, default=5, help="of the mixture")
+    parser.add_argument("--num-particles", type=int, default=1000)
+    parser.add_argument("--only", nargs="+", help="some of the likelihoods, the baseline first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
+    args = parser.parse_args()
+    if args.smoke:
+        args.epochs, args.num_particles = 2, 20
+        args.hidden_dims, args.latent_dim = [16], 4
+    warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
+
+    data = pv.load_data(args.data, root=args.root)
+    if data.num_levels is None:
+        parser.error(f"--data {args.data}: expected integer levels, got {data.kind.value}")
+    print(data.summary())
+    pairs = swaps(data, args.latent_dim, tuple(args.hidden_dims), args.num_components)
+    if args.only:
+        pairs = {name: pairs[name] for name in args.only}
+    found = pv.compare_swaps(
+        pairs,
+        data,
+        out=args.out,
+        num_particles=args.num_particles,
+        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
+        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=args.epochs
+        ),
+        kl_weight=pv.warmup(warmup),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+    )
+    results = {
+        "title": f"Likelihoods: {data.name}",
+        "protocol": {
+            "data": data.summary(),
+            "model": f"N(0, I) prior in {args.latent_dim} dimensions, gated layers "
+            f"{args.hidden_dims} on each side, diagonal normal guide; {args.num_components} "
+            "logistics in the mixture",
+            "training": f"Monte Carlo ELBO, one particle, {args.epochs} epochs, batch "
+            f"{args.batch_size}, Adam, learning rate {args.learning_rate} with cosine schedule, KL "
+            f"weight warmed up over {warmup} epochs, parameters of the best validation bound, seed "
+            f"{args.seed}",
+            "evaluation": f"importance weighting with the guide, {args.num_particles} particles, "
+            f"all {len(data.test)} test data",
+        },
+        **json.loads((args.out / "comparison.json").read_text()),
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(found)
+    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'comparison.png'}")
+
+
+if __name__ == "__main__":
+    main()
