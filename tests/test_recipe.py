@@ -132,6 +132,14 @@ def normal(params):
 normal.__module__ = "somewhere.families"
 
 
+def homeless(params):
+    """As made by ``exec`` in a namespace without a name."""
+    return pv.families.normal(params)
+
+
+homeless.__module__ = None  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("make", "where"),
     [
@@ -147,6 +155,10 @@ normal.__module__ = "somewhere.families"
         (
             lambda: pv.Conditional(pv.networks.mlp(6, (2, 3)), normal),
             r"Conditional\.family is the function 'normal'",
+        ),
+        (
+            lambda: pv.Conditional(pv.networks.mlp(6, (2, 3)), homeless),
+            r"Conditional\.family is the function 'homeless'",
         ),
         (
             lambda: pv.Conditional(
@@ -173,6 +185,7 @@ normal.__module__ = "somewhere.families"
         "torch's module",
         "lambda",
         "namesake",
+        "homeless",
         "foreign scale",
         "lambda activation",
         "bound by position",
