@@ -372,3 +372,20 @@ def test_an_encoder_sees_zeros_the_mask_and_the_context():
     expected = inner(x * mask, mask.float(), y)
     for given in (mask, mask.float()):
         assert torch.equal(network(torch.where(mask, x, math.nan), given, y), expected)
+
+
+def test_missing_values_are_not_blamed_for_another_mistake():
+    """With NaN in the data it is the mask's shape that is wrong, and is named."""
+    encoder = pv.Conditional(
+        pv.networks.without_missing(pv.networks.mlp(6, (2, 2))), pv.families.normal
+    )
+    likelihood = pv.Conditional(pv.networks.mlp(2, (2, 3)), pv.families.normal)
+    model = pv.Model(pv.priors.StandardNormal(2), pv.Masked(likelihood))
+    x = torch.tensor([[1.0, torch.nan, 2.0]] * 4)
+    with pytest.raises(ValueError, match=r"expected a mask of shape \(\*batch, 3\)"):
+        pv.log_weights(model, lambda x, m: guide_of(encoder, x), x, x[:, :2] > 0, num_particles=2)
+
+
+def guide_of(encoder: Any, x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", encoder(x, x.isfinite()))

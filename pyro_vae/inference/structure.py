@@ -127,12 +127,19 @@ def _explain(
     kwargs: dict[str, Any],
 ) -> None:
     """Raise what lies behind an error of running a pair, where that can be told."""
+    finite = tuple(
+        a.nan_to_num() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.isfinite().all():
+            try:  # a pair that masks them fails for another reason
+                traces(model, guide, finite, kwargs)
+            except Exception:
+                break
             count = int((~arg.isfinite()).sum())
             raise ValueError(
                 f"argument {i} of the pair has {count} NaN or infinite values; remove those data, "
-                "or mask them in the model."
+                "or say by a mask which are missing (pv.Masked)."
             ) from error
     dtypes = {
         parameter.dtype

@@ -70,7 +70,8 @@ def as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
             row = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
             raise ValueError(
                 f"{which}: {int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first "
-                f"in row {row}; remove those rows, or mask them in the model."
+                f"in row {row}; remove those rows, or put any legal value there (nan_to_num()) and "
+                "say by a mask that it is missing (pv.Masked)."
             )
     return tensors
 
