@@ -1,6 +1,7 @@
 """What all tests start from: names for doctests, a fresh state, the folder of real data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state() -> None:
-    """Every test starts from the same random state and an empty parameter store."""
+def _fresh_state() -> Iterator[None]:
+    """Every test starts from the same random state, parameter store and setting of Pyro's."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    local = pyro.settings.get("module_local_params")  # scripts turn it, for their own process
+    yield
+    pyro.settings.set(module_local_params=local)
