@@ -98,13 +98,19 @@ def test_swaps_are_trained_judged_and_gone_on_with(tmp_path, monkeypatch):
     found = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"n-0-i", "wider"}
     assert len(found.estimates["wider"].value) == 20
-    monkeypatch.setattr("pyro_vae.runs.swaps.fit", None)  # nothing is trained anew
+    monkeypatch.setattr("pyro_vae.runs.swaps.evaluate_run", None)  # nothing is judged anew
     again = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
     assert again.rows == found.rows
     (tmp_path / "wider" / "evidence.json").unlink()
     monkeypatch.undo()
     third = pv.compare_swaps(swaps(), data, out=tmp_path, **options)
     assert torch.equal(third.estimates["wider"].value, found.estimates["wider"].value)
+    longer = pv.compare_swaps(swaps(), data, out=tmp_path, **{**options, "epochs": 3})
+    assert [row["epochs"] for row in longer.rows] == [3, 3]
+    assert not torch.equal(longer.estimates["wider"].value, found.estimates["wider"].value)
+    other = pv.load_data({"train": 1 - X.numpy(), "valid": X[:10].numpy(), "test": X[:20].numpy()})
+    with pytest.raises(ValueError, match="data"):
+        pv.compare_swaps(swaps(), other, out=tmp_path, **{**options, "epochs": 3})
 
 
 def test_names_that_are_one_folder_are_refused(tmp_path):

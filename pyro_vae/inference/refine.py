@@ -13,7 +13,7 @@ References: Kim et al., "Semi-amortized variational autoencoders" (2018); Cremer
 "Inference suboptimality in variational autoencoders" (2018).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,6 @@ def refine(
     seed: int = 0,
     data_plate: str | None = None,
     compile: Compile = "auto",
-    progress: Callable[[int], object] | None = None,
 ) -> tuple[Any, ...]:
     """A pair whose guide is refined for these data, and the arguments to call it with.
 
@@ -60,7 +59,6 @@ def refine(
         seed: Seed of the noise; the caller's random state is left alone.
         data_plate: Name of the plate over the data, where the observed sites share several.
         compile: Compile the step; see ``SVI``.
-        progress: Called after each batch with the number of data in it.
 
     Returns:
         ``(model, guide, *args, index)``: what ``log_evidence`` and the like take. The refined guide
@@ -107,8 +105,6 @@ def refine(
                 svi.step(*rows, index)
         for whole, part in zip(refined.tables(), block.tables(), strict=True):
             whole.data[start : start + count] = part.data
-        if progress is not None:
-            progress(count)
     for table in refined.tables():
         table.requires_grad = False
     return (held, refined, *args, torch.arange(size, device=refined.shift[0].device))

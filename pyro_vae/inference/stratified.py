@@ -95,8 +95,7 @@ class Stratified(Weighted):
     def _terms(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Terms:
-        assert self.structure is not None
-        draws = _EachComponent(self._site, self._per_component, self.structure.max_plate_nesting)
+        draws = _EachComponent(self._site)
         model_trace, guide_trace = traces(model, draws(guide), args, kwargs)
         weights = self._weights(model_trace, guide_trace)
         log_share = self._log_share(guide_trace)
@@ -108,7 +107,8 @@ class Stratified(Weighted):
         logits = _parts(guide_trace.nodes[self._site]["fn"])[0]
         count = logits.shape[-1]
         # All dimensions but those of the particles and of the data have size one.
-        lead, data = -2 - self._nesting, self.dim - 1
+        assert self.structure is not None
+        lead, data = -2 - self.structure.max_plate_nesting, self.dim - 1
         others = [d for d in range(-logits.dim(), -1) if d not in (lead, data)]
         logits = logits.squeeze(others) if others else logits
         if logits.dim() < 3:
@@ -117,20 +117,13 @@ class Stratified(Weighted):
         index = chosen[:, None, None].expand(-1, logits.shape[1], 1)
         return logits.gather(-1, index).squeeze(-1) - math.log(self._per_component)
 
-    @property
-    def _nesting(self) -> int:
-        assert self.structure is not None
-        return self.structure.max_plate_nesting
-
 
 class _EachComponent(Messenger):
     """Draw particle number p of a mixture from its component p modulo M."""
 
-    def __init__(self, name: str, per_component: int, nesting: int) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.per_component = per_component
-        self.nesting = nesting
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] != self.name or msg["done"]:

@@ -21,7 +21,6 @@ def compare_swaps(
     *,
     out: str | Path,
     num_particles: int = 5000,
-    limit: int | None = None,
     losses: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -31,7 +30,8 @@ def compare_swaps(
     """Train and judge each swap alike, and compare them with the first.
 
     Each swap has a run directory of its own below ``out``. A call that was stopped goes on where it
-    stopped: judged runs are left as they are, a training that had begun is resumed.
+    stopped: what was trained is resumed, with the checks of ``fit``, and what was judged as it is
+    now is not judged again.
 
     Args:
         swaps: From a name to a function that makes the pair, called under
@@ -39,7 +39,6 @@ def compare_swaps(
         data: What all are trained and judged on.
         out: The folder; ``comparison.json`` and ``comparison.png`` come to lie in it.
         num_particles: Importance weights per held-out datum.
-        limit: Judge so many held-out data, spread evenly; all by default.
         losses: The loss of those swaps that have one of their own, by name.
         seed: Seed of initial weights, training and particles.
         device: "auto", "cpu", "cuda"...
@@ -80,12 +79,11 @@ def compare_swaps(
         )
     for name, make in swaps.items():
         run = folders[name]
-        if _judged(run, num_particles, limit, seed):
-            continue
+        before = _judged(run, num_particles, seed)
         torch.manual_seed(seed)
         model, guide = make()
         own = {"loss": losses[name]} if losses is not None and name in losses else {}
-        fit(
+        history = fit(
             model,
             guide,
             data,
@@ -96,10 +94,11 @@ def compare_swaps(
             progress=progress,
             **{**options, **own},
         )
+        if before == len(history.records):
+            continue
         evaluate_run(
             run,
             num_particles=num_particles,
-            limit=limit,
             data=data,
             model=model,
             guide=guide,
@@ -116,10 +115,16 @@ def _folder(name: str) -> str:
     return "-".join(part for part in kept.split("-") if part) or "swap"
 
 
-def _judged(folder: Path, num_particles: int, limit: int | None, seed: int) -> bool:
+def _judged(folder: Path, num_particles: int, seed: int) -> int | None:
+    """After how many epochs a run was judged in this way; None if it was not."""
     if not (folder / "evidence.json").is_file():
-        return False
-    summary = Run(folder).read_json("evidence.json")
-    if summary["num_particles"] != num_particles or summary["seed"] != seed:
-        return False
-    return limit is None or summary["num_data"] == limit
+        return None
+    run = Run(folder)
+    summary = run.read_json("evidence.json")
+    if (summary["num_particles"], summary["seed"], summary["part"]) != (
+        num_particles,
+        seed,
+        "test",
+    ):
+        return None
+    return len(run.read_metrics()[0])
