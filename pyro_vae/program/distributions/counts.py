@@ -1,4 +1,4 @@
-"""Distributions over counts."""
+"""Densities of counts that torch and Pyro lack, or have with a flaw."""
 
 from typing import Any
 
@@ -11,7 +11,26 @@ __all__ = ["CountsOfTotal", "ZeroInflatedNegativeBinomial"]
 
 
 class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
-    """Pyro's, which can be expanded also after it was drawn from."""
+    r"""A negative binomial that is zero with an extra probability.
+
+    .. math:: P(x) = \pi\,[x = 0] + (1 - \pi)\,\frac{\Gamma(x + r)}{x!\,\Gamma(r)}\,
+              (1 - p)^r\,p^x
+
+    Pyro's, which can be expanded also after it was drawn from.
+
+    Args:
+        total_count: Inverse dispersion r > 0, ``(*batch,)``.
+        logits: Of p; log(m / r) for counts that have the mean m where the gate is open.
+        gate_logits: Of :math:`\pi`.
+
+    Example:
+        >>> zero = torch.tensor(0.0)
+        >>> p = pv.distributions.ZeroInflatedNegativeBinomial(
+        ...     torch.tensor(1.0), logits=zero, gate_logits=zero
+        ... )
+        >>> f"{p.log_prob(zero).exp():.2f}"
+        '0.75'
+    """
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The same distribution with a larger batch shape."""
@@ -23,11 +42,12 @@ class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
 class CountsOfTotal(TorchDistribution):
     r"""Multinomial counts given their total, which may be another for each datum.
 
-    .. math:: \log P(x | n) = \log n! - \sum_d \log x_d! + \sum_d x_d \log \pi_d, \quad
-              n = \sum_d x_d
+    .. math:: P(x | n) = n!\,\prod_d \frac{\pi_d^{x_d}}{x_d!}, \quad n = \sum_d x_d
+
+    The total is observed with the counts and not modelled, so this is no P(x).
 
     Args:
-        logits: ``(*batch, D)``.
+        logits: Of :math:`\pi`, ``(*batch, D)``.
         total_count: The totals, a number or ``(*batch,)``, to draw from and to check counts
             against; None where counts are scored alone.
 

@@ -1,4 +1,4 @@
-"""Families over counts."""
+"""Families over counts: from a network's numbers to rates, dispersions and shares."""
 
 import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
@@ -45,7 +45,7 @@ def negative_binomial(
 
     Args:
         params: ``(*batch, 2, D)``: log m, and unconstrained r.
-        to_scale: The map from the unconstrained second parameter to r.
+        to_scale: The map from the unconstrained second parameter to r, which is positive.
         min_scale: What is added to r.
 
     Returns:
@@ -69,13 +69,14 @@ def negative_binomial(
 def zero_inflated_negative_binomial(
     params: Tensor, *, to_scale: ScaleMap = softplus, min_scale: float = 1e-4
 ) -> TorchDistribution:
-    r"""A negative binomial that is zero with an extra probability: drop-outs of sequencing.
+    r"""Independent counts, some of which were lost and read as zero: drop-outs of sequencing.
 
-    .. math:: P(x) = \pi\,[x = 0] + (1 - \pi)\,\mathrm{NB}(x; m, r)
+    The first two parameters are those of ``negative_binomial``, for what was not lost; the third
+    says how probable a loss is. ``distributions.ZeroInflatedNegativeBinomial`` has the density.
 
     Args:
-        params: ``(*batch, 3, D)``: log m, unconstrained r, and the logits of :math:`\pi`.
-        to_scale: The map from the unconstrained second parameter to r.
+        params: ``(*batch, 3, D)``: log m, unconstrained r, and the logits of a loss.
+        to_scale: The map from the unconstrained second parameter to r, which is positive.
         min_scale: What is added to r.
 
     Returns:
@@ -99,12 +100,13 @@ def zero_inflated_negative_binomial(
 
 
 def multinomial(params: Tensor, *, total_count: int | None = None) -> TorchDistribution:
-    r"""Counts given their total, :math:`n!\,\prod_d \pi_d^{x_d} / x_d!`, whatever each datum's n.
+    r"""Counts given their total, such as words of a document: a share for each dimension.
 
-    The total is observed with the counts and not modelled: log P(x | n), as for documents or reads.
+    The D logits of a datum are free, and their softmax is its shares, of words or reads; so the
+    dimensions depend on one another. ``distributions.CountsOfTotal`` has the density.
 
     Args:
-        params: ``(*batch, 1, D)``: logits of :math:`\pi`.
+        params: ``(*batch, 1, D)``: logits of the shares.
         total_count: The total of every datum, to draw from; None to score counts of any totals.
 
     Returns:
