@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn: train, judge and look, in a minute on a laptop.
+"""The handwritten digits of scikit-learn: train, judge and look.
 
 1,797 images of 8 x 8 pixels with integer grey levels 0..16, which come with scikit-learn. Grey
 levels are counts, so the likelihood is a binomial of 16 trials, and every figure is a log p(x).
