@@ -1,7 +1,8 @@
-"""Imports run one way, files stay small, and importing the package changes nothing."""
+"""Imports run one way, files stay small, names are findable, and importing changes nothing."""
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ import pyro_vae
 
 ROOT = Path(pyro_vae.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+CHECKOUT = Path(__file__).parents[1]
+SCRIPTS = sorted([*CHECKOUT.glob("experiments/**/*.py"), *CHECKOUT.glob("tests/**/*.py")])
+PAGES = [CHECKOUT / "README.md", *sorted(CHECKOUT.glob("docs/**/*.md"))]
 
 BELOW_RUNS = {"context", "graph", "program", "data", "inference", "evidence"}
 ALLOWED = {
@@ -101,7 +105,7 @@ def test_the_table_names_the_layers_that_there_are_and_has_no_circle():
         rest = {layer: below for layer, below in rest.items() if layer not in lowest}
 
 
-@every_file
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: "-".join(path.parts[-2:]))
 def test_a_file_holds_one_idea(path):
     assert len(path.read_text().splitlines()) <= 350
 
@@ -122,6 +126,18 @@ def test_every_module_says_what_is_public():
 def test_the_names_of_the_package_are_in_its_documentation():
     for name in pyro_vae.__all__:
         assert getattr(pyro_vae, name).__doc__, name
+
+
+def test_every_public_name_is_found_in_the_readme_or_on_a_page():
+    text = "\n".join(page.read_text() for page in PAGES)
+    homes = (pyro_vae, pyro_vae.families, pyro_vae.networks, pyro_vae.priors)
+    names = {name for home in homes for name in home.__all__}
+    said = {
+        word
+        for before in ("pv.", "families.", "networks.", "priors.", "`")
+        for word in re.findall(rf"{re.escape(before)}(\w+)", text)
+    }
+    assert sorted(names - said) == []
 
 
 SIDE_EFFECTS = """
