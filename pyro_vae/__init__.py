@@ -2,9 +2,13 @@
 
 from pyro_vae.data import Labels, Split, load_data
 from pyro_vae.evidence.compare import Comparison, compare
+from pyro_vae.evidence.elbo_parts import ElboParts
 from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
+from pyro_vae.evidence.gaps import Gaps, gaps
 from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
+from pyro_vae.evidence.nats import Nats
+from pyro_vae.evidence.surgery import elbo_parts
 from pyro_vae.inference.free_bits import FreeBits
 from pyro_vae.inference.handlers import kl_weight
 from pyro_vae.inference.loop import DivergedError, warmup
@@ -36,14 +40,17 @@ __all__ = [
     "ConditionalFlow",
     "DReG",
     "DivergedError",
+    "ElboParts",
     "Estimate",
     "FreeBits",
+    "Gaps",
     "Guide",
     "History",
     "ImportanceWeighted",
     "Labels",
     "Masked",
     "Model",
+    "Nats",
     "PredictiveEstimate",
     "ReweightedWakeSleep",
     "RunComparison",
@@ -55,10 +62,12 @@ __all__ = [
     "compare_swaps",
     "decode",
     "distributions",
+    "elbo_parts",
     "encode",
     "evaluate_run",
     "families",
     "fit",
+    "gaps",
     "generate",
     "joint_log_weights",
     "kl_weight",
