@@ -103,7 +103,7 @@ class ElboParts:
     def _words(self) -> Iterator[str]:
         """What the numbers mean, and what speaks against them."""
         used, of = int(self.active.sum()), len(self.active)
-        yield f"{used} of {of} latent dimensions are used: the data move their means."
+        yield f"{used} of {of} latent dimensions are used (the data move their means)."
         rate, information = max(self.rate.mean, 0.0), self.mutual_information.mean
         if self.collapsed:
             yield (

@@ -23,7 +23,7 @@ class Nats:
 
     Example:
         >>> print(pv.Nats(torch.tensor([1.0, 3.0]), torch.tensor([0.3, 0.4])))
-        2.000 +- 0.250 (estimator) +- 1.00 (data)
+        2.000 +- 0.250 (estimator) +- 1.000 (data)
     """
 
     value: Tensor
@@ -62,7 +62,7 @@ class Nats:
     def __str__(self) -> str:
         return (
             f"{self.mean:.3f} +- {self.mean_standard_error:.3f} (estimator) "
-            f"+- {self.sampling_error:.2f} (data)"
+            f"+- {self.sampling_error:.3f} (data)"
         )
 
 
