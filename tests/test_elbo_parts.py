@@ -12,6 +12,7 @@ from helpers import bernoulli_latents, hierarchical_pair, library_pair
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.evidence.dimensions import activity
 
 Parts = dict[str, float]
 
@@ -233,6 +234,19 @@ def test_active_latents_are_those_that_the_data_move(known):
     rates = 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).mean(0)
     assert ((found.kl_per_dim - rates).abs() < 4 * found.kl_per_dim_error + 1e-9).all()
     assert found.total_correlation is not None
+
+
+def test_the_error_of_an_activity_is_the_one_that_is_made():
+    """Of draws alone, of a latent at the prior and of one that the data move."""
+    torch.manual_seed(0)
+    loc = torch.stack([torch.zeros(100), torch.linspace(-2, 2, 100)], 1).double()
+    draws = loc + torch.randn(400, 4, 100, 2).double()
+    found, said = zip(*(activity(d.mean(0), d.var(0) / 4, 4) for d in draws), strict=True)
+    errors = torch.stack(found) - loc.var(0)
+    made = errors.std(0)
+    assert (errors.mean(0).abs() < 3.5 * made / 20).all()
+    ratio = torch.stack(said).square().mean(0).sqrt() / made
+    assert ((ratio > 0.85) & (ratio < 1.2)).all()
 
 
 @pytest.mark.parametrize(("scale", "collapsed"), [(1.0, True), (0.3, False)])

@@ -81,6 +81,9 @@ def activity(mean: Tensor, variance: Tensor, draws: int) -> tuple[Tensor, Tensor
     Reference: Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders" (2016).
     """
     found = mean.var(0) - variance.mean(0)
-    signal = ((mean - mean.mean(0)).square() - variance).clamp_min(0)
-    noise = 4 * signal * variance + 2 * variance.square() * draws / (draws - 1)
-    return found, noise.sum(0).sqrt() / len(mean)
+    square = (mean - mean.mean(0)).square()
+    # Var(m^2 - v) = 4 mu^2 u + 2 u^2 K / (K - 1) for a mean m of normal draws with E[v] = u; both
+    # terms by their unbiased estimates.
+    squared = variance.square() * (draws - 1) / (draws + 1)
+    noise = 4 * (square * variance - squared) + 2 * squared * draws / (draws - 1)
+    return found, noise.sum(0).clamp_min(0).sqrt() / len(mean)
