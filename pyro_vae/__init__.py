@@ -1,6 +1,9 @@
 """Variational autoencoders as Pyro programs: say, fit, judge."""
 
 from pyro_vae.data import Labels, Split, load_data
+from pyro_vae.evidence.annealed import ais
+from pyro_vae.evidence.bidirectional import Bidirectional, bidirectional
+from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.compare import Comparison, compare
 from pyro_vae.evidence.elbo_parts import ElboParts
 from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
@@ -8,6 +11,7 @@ from pyro_vae.evidence.gaps import Gaps, gaps
 from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
 from pyro_vae.evidence.nats import Nats
+from pyro_vae.evidence.reciprocal import reciprocal_evidence
 from pyro_vae.evidence.surgery import elbo_parts
 from pyro_vae.inference.free_bits import FreeBits
 from pyro_vae.inference.handlers import kl_weight
@@ -35,6 +39,8 @@ from pyro_vae.runs.swaps import compare_swaps
 __all__ = [
     "SVI",
     "Autoregressive",
+    "Bidirectional",
+    "ChainEstimate",
     "Comparison",
     "Conditional",
     "ConditionalFlow",
@@ -57,6 +63,8 @@ __all__ = [
     "Split",
     "StickingTheLanding",
     "Stratified",
+    "ais",
+    "bidirectional",
     "compare",
     "compare_runs",
     "compare_swaps",
@@ -78,6 +86,7 @@ __all__ = [
     "log_weights",
     "networks",
     "priors",
+    "reciprocal_evidence",
     "reconstruct",
     "refine",
     "warmup",

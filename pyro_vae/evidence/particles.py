@@ -51,6 +51,7 @@ class Pair:
         in_model = (name for name, _ in latent_sites(structure.model_trace))
         self.sums = any(name not in drawn for name in in_model)
         self.model, self.guide, self.args = model, guide, args
+        self.structure = structure
         self.nesting = structure.max_plate_nesting
         self.dim = data_dim(structure, data_size(args), data_plate)
         self.device = device_of(model, guide) or _first_device(args)
@@ -60,6 +61,11 @@ class Pair:
         """Particles from the guide: its trace, and their log-densities (particles, n)."""
         trace = self._trace(self.guide, args, particles)
         return trace, self._per_datum(latent_sites(trace), particles)
+
+    def score_guide(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
+        """Log-densities log q(z|x) of particles that a trace holds, whoever drew them."""
+        trace = self._trace(poutine.replay(self.guide, trace=guide_trace), args, particles)
+        return self._per_datum(latent_sites(trace), particles)
 
     def score(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
         """Joint log-densities log p(x, z) of particles that a guide's trace holds."""
