@@ -4,13 +4,14 @@ from pyro_vae.data import Labels, Split, load_data
 from pyro_vae.evidence.annealed import ais
 from pyro_vae.evidence.bidirectional import Bidirectional, bidirectional
 from pyro_vae.evidence.chains import ChainEstimate
-from pyro_vae.evidence.compare import Comparison, compare
+from pyro_vae.evidence.compare import Comparison, Comparisons, compare
 from pyro_vae.evidence.elbo_parts import ElboParts
 from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
 from pyro_vae.evidence.gaps import Gaps, gaps
 from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
 from pyro_vae.evidence.nats import Nats
+from pyro_vae.evidence.pareto import pareto_k, smoothed
 from pyro_vae.evidence.reciprocal import reciprocal_evidence
 from pyro_vae.evidence.surgery import elbo_parts
 from pyro_vae.inference.free_bits import FreeBits
@@ -42,6 +43,7 @@ __all__ = [
     "Bidirectional",
     "ChainEstimate",
     "Comparison",
+    "Comparisons",
     "Conditional",
     "ConditionalFlow",
     "DReG",
@@ -85,9 +87,11 @@ __all__ = [
     "log_predictive",
     "log_weights",
     "networks",
+    "pareto_k",
     "priors",
     "reciprocal_evidence",
     "reconstruct",
     "refine",
+    "smoothed",
     "warmup",
 ]

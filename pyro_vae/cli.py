@@ -251,6 +251,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"  {figure('bits_per_dim'):.4f} bits per dimension")
     print(f"  {'bound' if quantity == 'score' else 'ELBO'} {figure('elbo'):.3f}")
     print(f"  ESS median {figure('ess_median'):.1f}, lowest {figure('ess_min'):.1f}")
+    print(f"  {summary['advice']}")
     for sentence in summary["preparation"]:
         print(f"  {sentence}")
     print(f"figures: {run.path / 'evidence.json'}; pictures: {run.path / 'report.html'}")

@@ -8,6 +8,7 @@ import torch
 from helpers import LinearGaussian, library_pair
 
 import pyro_vae as pv
+from pyro_vae.runs import plots
 
 
 def judged(truth: LinearGaussian, x: torch.Tensor, seed: int = 0) -> pv.Estimate:
@@ -61,3 +62,58 @@ def test_other_data_are_refused():
         pv.compare(whole, pv.log_evidence(model, guide, 1 - x, num_particles=5))
     with pytest.raises(ValueError, match="other data"):
         pv.compare(whole, pv.log_evidence(model, guide, x.flip(0), num_particles=5))
+
+
+def test_several_models_are_held_against_the_first():
+    truth = LinearGaussian.random()
+    x = truth.sample(200)
+    models = {"true": truth, "moved": replace(truth, bias=truth.bias + 0.1)}
+    models["noisy"] = replace(truth, scale=0.8)
+    estimates = [judged(model, x) for model in models.values()]
+    found = pv.compare(*estimates, names=list(models))
+    assert list(found.estimates) == list(models)
+    assert list(found.differences) == ["moved", "noisy"]
+    for name, estimate in zip(models, estimates, strict=True):
+        row = next(row for row in found.rows if row["name"] == name)
+        assert row["log_evidence"] == estimate.mean
+        if name == "true":
+            assert row["difference"] is None
+            continue
+        expected = pv.compare(estimate, estimates[0])
+        assert torch.equal(found.differences[name].difference, expected.difference)
+        assert row["difference"] == expected.mean
+        assert row["difference_error"] == expected.mean_standard_error
+        assert f"{expected.mean:+.2f}" in str(found)
+    assert len(str(found).splitlines()) == 4
+    picture = plots.differences(found.rows)
+    assert [text.get_text() for text in picture.axes[0].get_yticklabels()] == list(models)
+
+
+def test_the_same_estimate_under_two_names_differs_by_nothing():
+    truth = LinearGaussian.random()
+    estimate = judged(truth, truth.sample(5))
+    found = pv.compare(estimate, estimate, names=["a", "b"])
+    assert found.differences["b"].mean == 0
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "a", "b"], ["a", "b", "c", "d"]])
+def test_names_are_one_for_each(names):
+    truth = LinearGaussian.random()
+    estimate = judged(truth, truth.sample(5))
+    with pytest.raises(ValueError, match=r"a name for each of 3 estimates, .* got \['a'"):
+        pv.compare(estimate, estimate, estimate, names=names)
+    with pytest.raises(ValueError, match=r"expected names=\[\.\.\.\] for 3 estimates"):
+        pv.compare(estimate, estimate, estimate)  # type: ignore[call-overload]
+
+
+def test_estimates_of_different_kinds_are_refused_unless_told():
+    truth = LinearGaussian.random()
+    x = truth.sample(5)
+    plain = judged(truth, x)
+    smooth = pv.log_evidence(truth.model, truth.guide, x, num_particles=10, smooth=True)
+    with pytest.raises(ValueError, match=r"by importance weighting, the other by Pareto-smoothed"):
+        pv.compare(plain, smooth)
+    with pytest.raises(ValueError, match=r"judge both models alike, or say different_kinds=True"):
+        pv.compare(plain, plain, smooth, names=["a", "b", "c"])
+    assert abs(pv.compare(plain, smooth, different_kinds=True).mean) < 1e-9
+    assert len(pv.compare(plain, smooth, names=["a", "b"], different_kinds=True).rows) == 2

@@ -1,16 +1,17 @@
-"""Two models judged on the same data."""
+"""Models judged on the same data."""
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from pyro_vae.evidence.estimate import Estimate
 
-__all__ = ["Comparison", "compare", "fingerprint"]
+__all__ = ["Comparison", "Comparisons", "compare", "fingerprint", "row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,68 @@ class Comparison:
         )
 
 
-def compare(first: Estimate, second: Estimate) -> Comparison:
-    r"""Compare two models on the same data: paired differences, which say whether a swap helped.
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """Several models on the same data, and what each gains over the first; ``str`` is a table.
+
+    Attributes:
+        estimates: From the name of each model to its log-evidence; the first is the baseline.
+        differences: From the name of every other model to its paired difference to the baseline.
+        rows: One dict a model: ``name``, ``elbo``, ``log_evidence``, ``mean_standard_error``,
+            ``sampling_error``, ``bias``, ``ess_median``, ``untrusted`` (the share of the data),
+            ``difference``, ``difference_error``, ``share`` (None for the baseline); nats per datum.
+    """
+
+    estimates: dict[str, Estimate]
+    differences: dict[str, Comparison]
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        with_bits = any(row.get("bits_per_dim") is not None for row in self.rows)
+        head = ["", "ELBO", "log p(x)", "+-", "difference", "+-", "better on"]
+        lines = [head + ["bits/dim"] * with_bits]
+        for row in self.rows:
+            cells = [row["name"], f"{row['elbo']:.2f}", f"{row['log_evidence']:.2f}"]
+            cells.append(f"{row['mean_standard_error']:.3f}")
+            if row["difference"] is None:
+                cells += ["", "", ""]
+            else:
+                cells += [f"{row['difference']:+.2f}", f"{row['difference_error']:.3f}"]
+                cells.append(f"{row['share']:.0%}")
+            bits = row.get("bits_per_dim")
+            lines.append(cells + ["" if bits is None else f"{bits:.4f}"] * with_bits)
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+@overload
+def compare(first: Estimate, second: Estimate, *, different_kinds: bool = False) -> Comparison: ...
+
+
+@overload
+def compare(
+    first: Estimate,
+    second: Estimate,
+    *others: Estimate,
+    names: Sequence[str],
+    different_kinds: bool = False,
+) -> Comparisons: ...
+
+
+def compare(
+    first: Estimate,
+    second: Estimate,
+    *others: Estimate,
+    names: Sequence[str] | None = None,
+    different_kinds: bool = False,
+) -> Comparison | Comparisons:
+    r"""Compare models on the same data: paired differences, which say whether a swap helped.
 
     .. math:: \Delta_n = \log p_1(x_n) - \log p_2(x_n), \quad
               \mathrm{se}(\bar\Delta) = \mathrm{sd}(\Delta) / \sqrt N
@@ -76,12 +137,19 @@ def compare(first: Estimate, second: Estimate) -> Comparison:
     Args:
         first: The estimate of a model, of ``log_evidence`` or ``log_predictive``.
         second: Of another model, on the same data in the same order.
+        others: Of further ones, which need names.
+        names: What to call each of them; the result is a table of what each gains over the first.
+        different_kinds: Compare estimates of different kinds too, such as a lower bound by
+            importance weighting with one by annealing: a difference of methods is then in the
+            figures, and looks like one of models.
 
     Returns:
-        The comparison, in nats.
+        The comparison of two, of the first with the second, in nats. With names a ``Comparisons``,
+        of each with the first: print it, and draw its ``rows`` by ``runs.plots.differences``.
 
     Raises:
-        ValueError: The estimates are of other data.
+        ValueError: The estimates are of other data, or of different kinds; or there is not one name
+            for each.
 
     Example:
         >>> columns = torch.tensor([[-1.0, -3.0], [0.3, 0.4], [9.0, 8.0], [-2.0, -4.0]]).double()
@@ -89,7 +157,52 @@ def compare(first: Estimate, second: Estimate) -> Comparison:
         >>> print(pv.compare(a, b))
         -1.500 against -2.000: +0.500 nats per datum, +- 0.000 (paired, of which 0.354 the
         estimators); better on 100% of 2 data
+        >>> print(pv.compare(b, a, names=["plain", "wide"]))
+                ELBO  log p(x)     +-  difference     +-  better on
+        plain  -3.00     -2.00  0.250
+        wide   -3.00     -1.50  0.250       +0.50  0.000       100%
     """
+    if names is None:
+        if others:
+            raise ValueError(
+                f"compare: expected names=[...] for {2 + len(others)} estimates, got none; two "
+                "alone need no names."
+            )
+        return _pair(first, second, different_kinds=different_kinds)
+    estimates = (first, second, *others)
+    if len(set(names)) != len(estimates) or len(names) != len(estimates):
+        raise ValueError(
+            f"compare: expected a name for each of {len(estimates)} estimates, no two of them "
+            f"equal, got {list(names)}."
+        )
+    named = dict(zip(names, estimates, strict=True))
+    differences = {
+        name: _pair(estimate, first, different_kinds=different_kinds)
+        for name, estimate in named.items()
+        if name != names[0]
+    }
+    rows = [row(name, estimate, differences.get(name)) for name, estimate in named.items()]
+    return Comparisons(named, differences, rows)
+
+
+def row(name: str, estimate: Estimate, difference: Comparison | None) -> dict[str, Any]:
+    """One of the ``rows`` of ``Comparisons``; None stands for the difference of the baseline."""
+    return {
+        "name": name,
+        "elbo": estimate.elbo.mean().item(),
+        "log_evidence": estimate.mean,
+        "mean_standard_error": estimate.mean_standard_error,
+        "sampling_error": estimate.sampling_error,
+        "bias": estimate.bias,
+        "ess_median": estimate.ess.median().item(),
+        "untrusted": estimate.untrusted,
+        "difference": None if difference is None else difference.mean,
+        "difference_error": None if difference is None else difference.mean_standard_error,
+        "share": None if difference is None else difference.share,
+    }
+
+
+def _pair(first: Estimate, second: Estimate, *, different_kinds: bool) -> Comparison:
     if len(first.value) != len(second.value):
         raise ValueError(
             f"compare: expected estimates of the same data, got {len(first.value)} and "
@@ -99,6 +212,12 @@ def compare(first: Estimate, second: Estimate) -> Comparison:
         raise ValueError(
             "compare: the estimates are of other data, or of the same in another order, so their "
             "differences mean nothing; judge both models on the same tensor."
+        )
+    if first.kind != second.kind and not different_kinds:
+        raise ValueError(
+            f"compare: one estimate is by {first.kind}, the other by {second.kind}, so a "
+            "difference may be one of methods and not of models; judge both models alike, or say "
+            "different_kinds=True."
         )
     error = (first.standard_error.square() + second.standard_error.square()).sqrt()
     return Comparison(

@@ -3,9 +3,16 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from pyro_vae.evidence.pareto import FEWEST, pooled, tail_size, threshold
+
 __all__ = ["Estimate", "PredictiveEstimate"]
+
+# The effective number of particles below which an error bar is not believed, whatever k is.
+FEWEST_EFFECTIVE = 20.0
+NAMED = 5  # of the data not to be trusted
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,16 +21,19 @@ class Estimate:
 
     Two errors of the mean are told apart: ``mean_standard_error`` is the estimator's, and shrinks
     with particles; ``sampling_error`` is the test set's, and shrinks with data. The mean is besides
-    too low by about ``bias``.
+    too low by about ``bias``. Error bars can lie where few particles carry the weight: ``trusted``
+    says for which data they don't, and ``advice`` what to do about the others.
 
     Attributes:
         value: Estimates of log p(x), ``(N,)``, float64.
-        standard_error: Their Monte Carlo standard errors by the delta method, ``(N,)``. They are
-            too small where few particles carry the weight: look at ``ess``.
+        standard_error: Their Monte Carlo standard errors by the delta method, ``(N,)``.
         ess: Effective number of particles, (sum w)^2 / sum w^2, ``(N,)``, between 1 and K.
         elbo: The Monte Carlo evidence lower bound from the same particles, ``(N,)``.
         num_particles: Number of particles K per datum.
         data: A digest of the data, by which ``compare`` knows estimates of the same.
+        pareto_k: The shape of the tail of the weights, ``(N,)``: see ``pareto_k``. None where the
+            estimator has no weights.
+        kind: The estimator in words, by which ``compare`` refuses a mixture.
 
     Example:
         >>> columns = torch.tensor([[-1.0, -3.0], [0.3, 0.4], [9.0, 8.0], [-2.0, -4.0]]).double()
@@ -38,6 +48,8 @@ class Estimate:
     elbo: Tensor
     num_particles: int
     data: str = ""
+    pareto_k: Tensor | None = None
+    kind: str = "importance weighting"
 
     @property
     def mean(self) -> float:
@@ -71,14 +83,113 @@ class Estimate:
             return math.nan
         return math.hypot(self.value.std().item() / n**0.5, self.shared_error)
 
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The interval that holds log p(x) with some probability, for each datum.
+
+        By Student's t with K - 1 degrees of freedom. It says nothing where ``trusted`` is False,
+        and leaves out ``bias``.
+
+        Args:
+            level: The probability, between 0 and 1.
+
+        Returns:
+            The lower and the upper ends, both ``(N,)``, in nats; NaN for one particle.
+
+        Raises:
+            ValueError: ``level`` is no probability.
+
+        Example:
+            >>> columns = torch.tensor([[-1.0], [0.1], [9.0], [-2.0]]).double()
+            >>> lower, upper = pv.Estimate(*columns, num_particles=1000).interval()
+            >>> f"{lower.item():.3f} {upper.item():.3f}"
+            '-1.196 -0.804'
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"interval: expected a level between 0 and 1, got {level}.")
+        from scipy.special import stdtrit  # late: importing it adds filters of warnings
+
+        freedom = max(self._num_weights - 1, 1)  # one weight has no error to begin with
+        half = self.standard_error * float(stdtrit(freedom, (1 + level) / 2))
+        return self.value - half, self.value + half
+
+    @property
+    def threshold(self) -> float:
+        """The Pareto k up to which so many particles can be trusted."""
+        return threshold(self._num_weights)
+
+    @property
+    def trusted(self) -> Tensor:
+        """For which data an error bar can be believed, ``(N,)``, bool.
+
+        Two things have to hold. The effective number of particles is at least 20, or half of K
+        where that is less. And the Pareto k is no more than ``threshold``: that of the datum, and
+        that of all data where theirs differ by no more than noise does, since a datum whose largest
+        weights were not drawn has a low k and a short error bar. With K < 21 there is no k to ask.
+        """
+        enough = self.ess >= min(FEWEST_EFFECTIVE, self._num_weights / 2)
+        enough = enough & self.standard_error.isfinite() & self.value.isfinite()
+        if self.pareto_k is None or not self._has_tail:
+            return enough
+        k = torch.maximum(self.pareto_k, pooled(self.pareto_k, self._num_weights))
+        return enough & (k <= self.threshold)  # NaN is not
+
+    @property
+    def untrusted(self) -> float:
+        """The share of the data that are not to be trusted, 0 to 1."""
+        return (~self.trusted).double().mean().item()
+
+    @property
+    def advice(self) -> str:
+        """Which data are not to be trusted, and what to do about them, in words."""
+        size, bad = len(self.value), ~self.trusted
+        if not bad.any():
+            checked = self.pareto_k is not None and self._has_tail
+            by = "" if checked else ", as far as the effective sample size tells"
+            return f"The error bars of all {size} data can be trusted{by}."
+        rows = bad.nonzero().squeeze(1)
+        unknown = torch.full_like(self.value, math.inf)
+        k = unknown if self.pareto_k is None else self.pareto_k.nan_to_num(math.inf)
+        # By k, and by the effective sample size where that is equal.
+        by_ess = self.ess[rows].nan_to_num(0.0).argsort(stable=True)
+        rows = rows[by_ess][k[rows[by_ess]].argsort(descending=True, stable=True)]
+        worst = ", ".join(str(i) for i in rows[:NAMED].tolist())
+        which = f"the worst are {worst}" if len(rows) > NAMED else f"namely {worst}"
+        said = f"{len(rows)} of {size} data are not to be trusted ({which})."
+        if size == 1:
+            said = "The datum is not to be trusted."
+        return f"{said} {self._remedy(k[bad])}"
+
     def __str__(self) -> str:
         ess = self.ess.median().item()
+        tail = ""
+        if self.pareto_k is not None and self._has_tail:
+            above = (~(self.pareto_k <= self.threshold)).double().mean().item()
+            tail = f", Pareto k above {self.threshold:.2f} for {above:.0%}"
         return (
             f"{self.mean:.3f} nats per datum, +- {self.mean_standard_error:.3f} (estimator) "
             f"+- {self.sampling_error:.2f} (test set), bias about {self.bias:.3f}; "
             f"{len(self.value)} data, "
             f"{self._drawn()}, median ESS {ess:.0f}, "
-            f"lowest {self.ess.min().item():.1f}; ELBO {self.elbo.mean().item():.3f}"
+            f"lowest {self.ess.min().item():.1f}{tail}; ELBO {self.elbo.mean().item():.3f}"
+        )
+
+    @property
+    def _num_weights(self) -> int:
+        """Number of weights that an estimate averages."""
+        return self.num_particles
+
+    @property
+    def _has_tail(self) -> bool:
+        return tail_size(self._num_weights) >= FEWEST
+
+    def _remedy(self, k: Tensor) -> str:
+        if self._num_weights == 1:
+            return "One particle has no error bar: give more."
+        if (k <= 0.7).all():
+            return "More particles are likely to do."
+        return (
+            "Beyond a Pareto k of 0.7 more particles help slowly: anneal (pv.ais), or give the "
+            "guide a wider tail."
         )
 
     def _drawn(self) -> str:
@@ -104,6 +215,7 @@ class PredictiveEstimate(Estimate):
         ess: Here the effective number of draws of the global latents, between 1 and S.
         elbo: Here the bound given those draws, averaged over them: E_q[ELBO(x|theta)].
         num_particles: Number of particles K of the local latents, for each draw and datum.
+        pareto_k: Here of the S shares of the draws.
 
     Example:
         >>> shares = torch.tensor([[0.5, 0.6], [0.5, 0.4]]).double()
@@ -134,6 +246,13 @@ class PredictiveEstimate(Estimate):
         whole = (n * self.mean_standard_error) ** 2
         excess = whole - self.standard_error.square().sum().item()
         return math.sqrt(max(excess, 0.0) / (n * (n - 1)))
+
+    @property
+    def _num_weights(self) -> int:
+        return self.num_global
+
+    def _remedy(self, k: Tensor) -> str:
+        return "Give more draws of the global latents, or more particles for each."
 
     def _drawn(self) -> str:
         return f"{self.num_global} draws of the global latents, {self.num_particles} particles each"

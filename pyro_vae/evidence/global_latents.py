@@ -32,6 +32,7 @@ from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import PredictiveEstimate
 from pyro_vae.evidence.given import Draw, GlobalLatents
 from pyro_vae.evidence.importance import Sums
+from pyro_vae.evidence.pareto import pareto_k
 from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
@@ -172,6 +173,7 @@ def log_predictive(
         elbo=each.elbo.view(num_global, size).mean(0),
         num_particles=num_particles,
         data=fingerprint(args),
+        pareto_k=pareto_k(log_p),
         share=share,
     )
 

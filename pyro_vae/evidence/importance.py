@@ -12,20 +12,25 @@ block, and the estimate is accumulated over blocks in float64. So memory does no
 more particles extend fewer, and a datum's weights depend on its place among the data but not on
 ``chunk_size``.
 
+The largest weights of each datum are kept until its last particle, for the shape of their tail and,
+if asked for, its smoothing (``pareto.py``): a few hundred numbers for each datum of a block.
+
 References: Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders" (2016);
 Rezende, Mohamed and Wierstra, "Stochastic backpropagation" (2014).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.blocks import blocks
+from pyro_vae.evidence.blocks import blocks, check_options
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.pareto import Tail
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
@@ -101,11 +106,13 @@ def log_evidence(
     chunk_size: int | None = None,
     compile: Compile = "auto",
     autocast: torch.dtype | None = None,
+    smooth: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Estimate:
     r"""Importance-weighted estimate of log p(x) per datum, with its error.
 
-    Constant in memory for any K: weights are folded into running sums in float64 as they come.
+    Constant in memory for any K: weights are folded into running sums in float64 as they come, but
+    for the largest 3 sqrt K, which are the tail of one block of data.
     Cost: K evaluations of the decoder per datum, and K / 100 of the encoder.
 
     Args:
@@ -118,12 +125,15 @@ def log_evidence(
         chunk_size: Particles that the model scores at once; see ``log_weights``.
         compile: Compute the weights by compiled kernels; see ``log_weights``.
         autocast: A lower precision for the model's networks; see ``log_weights``.
+        smooth: Put a Pareto-smoothed tail in the place of the largest weights (``smoothed``): the
+            estimate and its error change, and it is no lower bound in expectation any more.
         progress: Called after each block with the number of particle-data scored in it.
 
     Returns:
-        The estimate, with ``value``, ``standard_error`` and ``ess`` of shape ``(N,)``, on the CPU.
-        It is of the values that are handed over: for those of a prepared ``Split``, add
-        ``data.log_jacobian`` to speak of the values as they were.
+        The estimate, with ``value``, ``standard_error``, ``ess`` and ``pareto_k`` of shape
+        ``(N,)``, on the CPU; its ``trusted`` and ``advice`` say what of it to believe. It is of the
+        values that are handed over: for those of a prepared ``Split``, add ``data.log_jacobian``
+        to speak of the values as they were.
 
     Raises:
         ValueError: As ``log_weights``.
@@ -136,6 +146,7 @@ def log_evidence(
         >>> estimate.value.shape, estimate.mean < 0
         (torch.Size([7]), True)
     """
+    check_options(num_particles, chunk_size, compile=compile)
     of_data = blocks(
         model,
         guide,
@@ -148,6 +159,8 @@ def log_evidence(
         autocast=autocast,
     )
     sums: Sums | None = None
+    tail = Tail(num_particles)  # of one block of data after another
+    pareto_k = torch.full((data_size(args),), math.nan, dtype=torch.float64)
     start = 0
     for of_particles in of_data:
         width = 0
@@ -156,11 +169,18 @@ def log_evidence(
             if sums is None:
                 sums = Sums(data_size(args), log_w.device)
             sums.add(log_w, slice(start, start + width))
+            tail.add(log_w)
             if progress is not None:
                 progress(log_w.numel())
-        start += width
+        rows = slice(start, start + width)
+        pareto_k[rows], raw, smoothed = tail.finish()
+        if smooth and sums is not None:
+            sums.replace(raw, smoothed, rows)
+        start = rows.stop
     assert sums is not None
-    return sums.estimate(num_particles, fingerprint(args))
+    estimate = sums.estimate(num_particles, fingerprint(args))
+    kind = f"Pareto-smoothed {estimate.kind}" if smooth else estimate.kind
+    return replace(estimate, pareto_k=pareto_k, kind=kind)
 
 
 class Sums:
@@ -188,6 +208,14 @@ class Sums:
         self.first[data].mul_(shrink).add_(w.sum(0))
         self.second[data].mul_(shrink.square()).add_(w.square().sum(0))
         self.total[data].add_(log_w.sum(0))
+
+    def replace(self, some: Tensor, others: Tensor, data: slice) -> None:
+        """Put other log-weights in the place of some, both (m, n), in the first two sums."""
+        top = self.top[data]
+        for sums, power in ((self.first, 1), (self.second, 2)):
+            before, after = ((power * (part - top)).exp().sum(0) for part in (some, others))
+            # What is left of a sum without its largest terms is rounding where they were all of it.
+            sums[data] = (sums[data] - before).clamp_min(0) + after
 
     def estimate(self, count: int, data: str) -> Estimate:
         """The estimate of so many particles for each datum."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pyro_vae.evidence.compare import Comparison, compare
+from pyro_vae.evidence.compare import Comparison, Comparisons, compare, row
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.runs import plots
 from pyro_vae.runs.directory import Run
@@ -16,44 +16,13 @@ __all__ = ["RunComparison", "compare_runs"]
 
 
 @dataclass(frozen=True, eq=False)
-class RunComparison:
+class RunComparison(Comparisons):
     """Judged runs, and what each gains over the first; ``str`` of it is a table.
 
     Attributes:
-        estimates: From the name of each run to its log-evidence; the first is the baseline.
-        differences: From the name of every other run to its paired difference to the baseline.
-        rows: One dict a run: ``name``, ``elbo``, ``log_evidence``, ``mean_standard_error``,
-            ``sampling_error``, ``bias``, ``ess_median``, ``bits_per_dim`` (None where data have no
-            levels), ``difference``, ``difference_error``, ``share`` (None for the baseline),
-            ``epochs`` and ``train_seconds``; nats per datum.
+        rows: One dict a run: what ``Comparisons`` has, ``bits_per_dim`` (None where data have no
+            levels), ``epochs`` and ``train_seconds``.
     """
-
-    estimates: dict[str, Estimate]
-    differences: dict[str, Comparison]
-    rows: list[dict[str, Any]]
-
-    def __str__(self) -> str:
-        with_bits = any(row["bits_per_dim"] is not None for row in self.rows)
-        head = ["", "ELBO", "log p(x)", "+-", "difference", "+-", "better on"]
-        lines = [head + ["bits/dim"] * with_bits]
-        for row in self.rows:
-            cells = [row["name"], f"{row['elbo']:.2f}", f"{row['log_evidence']:.2f}"]
-            cells.append(f"{row['mean_standard_error']:.3f}")
-            if row["difference"] is None:
-                cells += ["", "", ""]
-            else:
-                cells += [f"{row['difference']:+.2f}", f"{row['difference_error']:.3f}"]
-                cells.append(f"{row['share']:.0%}")
-            bits = row["bits_per_dim"]
-            lines.append(cells + ["" if bits is None else f"{bits:.4f}"] * with_bits)
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
 
 
 def compare_runs(
@@ -130,8 +99,9 @@ def _judged(run: Run) -> tuple[Estimate, dict[str, Any]]:
         )
     summary = run.read_json("evidence.json")
     columns = {key: torch.as_tensor(values) for key, values in arrays.items()}
-    count, data = summary["num_particles"], summary.get("fingerprint", "")
-    return Estimate(**columns, num_particles=count, data=data), summary
+    # What was judged before there were kinds names none.
+    facts = {key: summary[key] for key in ("num_particles", "kind") if key in summary}
+    return Estimate(**columns, **facts, data=summary.get("fingerprint", "")), summary
 
 
 def _row(
@@ -143,17 +113,8 @@ def _row(
 ) -> dict[str, Any]:
     records, _ = run.read_metrics()
     return {
-        "name": name,
-        "elbo": estimate.elbo.mean().item(),
-        "log_evidence": estimate.mean,
-        "mean_standard_error": estimate.mean_standard_error,
-        "sampling_error": estimate.sampling_error,
-        "bias": estimate.bias,
-        "ess_median": estimate.ess.median().item(),
+        **row(name, estimate, difference),
         "bits_per_dim": summary.get("bits_per_dim"),
-        "difference": None if difference is None else difference.mean,
-        "difference_error": None if difference is None else difference.mean_standard_error,
-        "share": None if difference is None else difference.share,
         "epochs": len(records),
         "train_seconds": records[-1]["seconds"] if records else None,
     }

@@ -111,7 +111,8 @@ def evaluate_run(
         "preparation": list(data.preparation) if isinstance(data, Split) else [],
         "versions": versions(),
     }
-    arrays = {key: getattr(estimate, key) for key in ("value", "standard_error", "ess", "elbo")}
+    keys = ("value", "standard_error", "ess", "elbo", "pareto_k")
+    arrays = {key: getattr(estimate, key) for key in keys}
     folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
     folder.write_json("evidence.json", summary)
     draw_evidence(folder, estimate.value, summary)
@@ -164,6 +165,9 @@ def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
         "elbo": estimate.elbo.mean().item(),
         "ess_median": estimate.ess.median().item(),
         "ess_min": estimate.ess.min().item(),
+        "kind": estimate.kind,
+        "untrusted": estimate.untrusted,
+        "advice": estimate.advice,
     }
     if isinstance(data, Split):
         if not data.is_density:

@@ -140,6 +140,8 @@ def _key_figures(evidence: Mapping[str, Any], records: list[dict[str, Any]], qua
             '<p class="soft">Not evaluated so far: <code>pyro-vae evaluate</code> adds the '
             "log-evidence.</p>\n"
         )
+    if evidence.get("untrusted") and evidence.get("advice"):
+        note += f'<p class="note">{escape(str(evidence["advice"]))}</p>\n'
     figures = definitions([*judged, *_trained(records, quantity)], first_is_large=bool(judged))
     return f"<section>\n{note}{figures}\n</section>"
 
