@@ -96,7 +96,8 @@ def test_the_exact_posterior_is_trusted_everywhere():
     pair = LinearGaussian.random(dim=50, latent_dim=20)
     x = pair.sample(300)
     estimate = pv.log_evidence(pair.model, pair.guide, x, num_particles=100)
-    assert torch.equal(estimate.pareto_k, torch.zeros(300).double())
+    assert estimate.pareto_k is not None
+    assert (estimate.pareto_k == 0).all()
     assert estimate.trusted.all()
     assert estimate.untrusted == 0
     assert estimate.advice == "The error bars of all 300 data can be trusted."

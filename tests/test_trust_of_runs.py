@@ -27,6 +27,7 @@ def run(tmp_path, monkeypatch) -> Path:
 
 def test_the_files_hold_k_per_datum_and_what_to_do(run):
     estimate = EVALUATE(run, num_particles=100)
+    assert estimate.pareto_k is not None
     with np.load(run / "evidence.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["pareto_k"], estimate.pareto_k.numpy())
     said = json.loads((run / "evidence.json").read_text())

@@ -142,7 +142,7 @@ class Tail:
             rows = min(self.wanted + 3 * count, self.num_particles)
             self._held = log_w.new_empty(rows, width)
         if self._rows + count > len(self._held):
-            self._held[: self.wanted, :width] = self._largest(width)
+            self._held[: self.wanted, :width] = self._largest(width, ordered=False)
             self._rows = self.wanted
         self._held[self._rows : self._rows + count, :width] = log_w
         self._rows += count
@@ -161,14 +161,14 @@ class Tail:
             none = k.new_empty(0, self._width)
             self._rows = 0
             return k, none, none
-        largest = self._largest(self._width).double()
+        largest = self._largest(self._width, ordered=True).double()
         self._rows = 0
         k, tail = fit_tail(largest, _rounding(self._held))
         return k, largest[:-1], tail
 
-    def _largest(self, width: int) -> Tensor:
+    def _largest(self, width: int, *, ordered: bool) -> Tensor:
         assert self._held is not None
-        return self._held[: self._rows, :width].topk(self.wanted, dim=0).values
+        return self._held[: self._rows, :width].topk(self.wanted, dim=0, sorted=ordered).values
 
 
 def fit_tail(largest: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
@@ -223,14 +223,12 @@ def _fit(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     mean = excess.sum(0) / m
     quartile = excess.gather(0, (count - (m / 4 + 0.5).floor().long()).clamp_min(0).unsqueeze(0))
     grid = 30 + m.sqrt().floor()
-    points, scores = [], []
-    for j in range(30 + math.isqrt(len(excess))):  # not at once: that would take 50 times the room
-        b = (1 - (grid / (j + 0.5)).sqrt()) / (3 * quartile[0]) + 1 / excess[0]
-        k = (excess * -b).log1p_().sum(0) / m
-        score = m * (torch.where(b == 0, 1 / mean, -b / k).log() - k - 1)
-        points.append(b)
-        scores.append(torch.where(j < grid, score, -math.inf))
-    b = (torch.stack(points) * torch.stack(scores).softmax(0)).sum(0)
+    j = torch.arange(30 + math.isqrt(len(excess)), dtype=m.dtype, device=m.device).unsqueeze(1)
+    b = (1 - (grid / (j + 0.5)).sqrt()) / (3 * quartile) + 1 / excess[0]
+    # Point after point, since all at once would take some fifty times the room.
+    k = torch.stack([(excess * -at).log1p_().sum(0) for at in b.unbind()]) / m
+    score = m * (torch.where(b == 0, 1 / mean, -b / k).log() - k - 1)
+    b = (b * torch.where(j < grid, score, -math.inf).softmax(0)).sum(0)
     k = (excess * -b).log1p_().sum(0) / m
     sigma = torch.where(b == 0, mean, -k / b)
     return (m * k + 5) / (m + 10), sigma
