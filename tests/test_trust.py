@@ -102,3 +102,24 @@ def test_the_exact_posterior_is_trusted_everywhere():
     assert estimate.untrusted == 0
     assert estimate.advice == "The error bars of all 300 data can be trusted."
     assert math.isfinite(estimate.mean)
+
+
+def test_a_mode_that_the_guide_never_visits_can_not_be_seen():
+    """z^2 is observed, and the guide knows the positive root alone: half of p(x) is missing."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z.square(), 0.1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.06 / x.sqrt()))
+
+    x = torch.linspace(2.0, 4.0, 20, dtype=torch.float64)
+    estimate = pv.log_evidence(model, guide, x, num_particles=1_000)
+    grid = torch.linspace(-4, 4, 80_001, dtype=torch.float64).unsqueeze(1)
+    joint = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.1).log_prob(x)
+    exact = joint.logsumexp(0) + math.log(1e-4)
+    torch.testing.assert_close(estimate.value, exact - math.log(2), rtol=0, atol=0.03)
+    assert estimate.trusted.all()
