@@ -8,6 +8,7 @@ import torch
 from helpers import LinearGaussian, library_pair
 
 import pyro_vae as pv
+from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.runs import plots
 
 
@@ -117,3 +118,19 @@ def test_estimates_of_different_kinds_are_refused_unless_told():
         pv.compare(plain, plain, smooth, names=["a", "b", "c"])
     assert abs(pv.compare(plain, smooth, different_kinds=True).mean) < 1e-9
     assert len(pv.compare(plain, smooth, names=["a", "b"], different_kinds=True).rows) == 2
+
+
+def test_a_refined_pair_is_judged_on_the_same_data():
+    model, guide, (x,) = library_pair()
+    before = pv.log_evidence(model, guide, x, num_particles=20)
+    after = pv.log_evidence(*pv.refine(model, guide, x, steps=3), num_particles=20)
+    assert pv.compare(after, before).difference.shape == (len(x),)
+    other = pv.log_evidence(model, guide, 1 - x, num_particles=20)
+    with pytest.raises(ValueError, match="other data"):
+        pv.compare(after, other)
+
+
+def test_an_index_that_picks_rows_is_data():
+    x = torch.randn(4, 2)
+    assert fingerprint((x, torch.arange(4))) == fingerprint((x,))
+    assert fingerprint((x, torch.tensor([1, 0, 2, 3]))) != fingerprint((x,))

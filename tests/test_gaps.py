@@ -164,8 +164,6 @@ def test_an_estimates_error_is_part_of_the_gaps(oracle):
 # --- any pair
 
 
-# What refine holds still is taken for idle where it is a PyroParam.
-@pytest.mark.filterwarnings("ignore:6 of 8 parameters got no gradient")
 @pytest.mark.parametrize("make", WEIGHABLE, ids=lambda make: make.__name__)
 def test_any_pair_has_gaps(make):
     model, guide, args = make()

@@ -97,5 +97,8 @@ def ais(
         road = Road(pair, targets, plan, index, sizes[0])
         tally.add([road.up(chains, number, progress) for number, chains in enumerate(sizes)])
     return tally.estimate(
-        fingerprint(args), moves=plan.moves, gradients=plan.gradients(data_size(moved), num_chains)
+        fingerprint(args),
+        "annealed importance sampling",
+        moves=plan.moves,
+        gradients=plan.gradients(data_size(moved), num_chains),
     )

@@ -147,10 +147,14 @@ def bidirectional(
     below, above = (
         tally.estimate(
             fingerprint(data),
+            kind,
             moves=plan.moves,
             gradients=plan.gradients(data_size(moved), num_chains),
         )
-        for tally in (lower, upper)
+        for tally, kind in (
+            (lower, "annealed importance sampling"),
+            (upper, "annealing backwards, from above"),
+        )
     )
     return Bidirectional(below, above, data)
 

@@ -12,6 +12,9 @@ from pyro_vae.evidence.importance import Sums
 
 __all__ = ["ChainEstimate", "Tally", "Walk"]
 
+# A share of divergent trajectories that is worth a word.
+_DIVERGENT = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class ChainEstimate(Estimate):
@@ -34,6 +37,12 @@ class ChainEstimate(Estimate):
     divergent: Tensor = field(kw_only=True)
     num_moves: int = field(kw_only=True)
     gradients: int = field(kw_only=True)
+
+    def _remedy(self, k: Tensor) -> str:
+        said = "Few of the chains carry the weight: take more temperatures, then more chains."
+        if self.divergent.max() > _DIVERGENT:
+            said += " Trajectories diverge: take more leapfrog steps, or ask for more acceptance."
+        return said
 
     def _drawn(self) -> str:
         text = f"{self.num_particles} chains of {self.num_moves} moves"
@@ -95,11 +104,12 @@ class Tally:
         divergent = torch.stack([walk.divergent for walk in walks]).sum(0)
         self._moved.append(torch.stack([acceptance, divergent]).cpu())
 
-    def estimate(self, data: str, *, moves: int, gradients: int) -> ChainEstimate:
+    def estimate(self, data: str, kind: str, *, moves: int, gradients: int) -> ChainEstimate:
         """The estimate of all data.
 
         Args:
             data: The fingerprint of the data.
+            kind: The estimator in words.
             moves: Number of moves of a chain.
             gradients: Evaluations of gradients, over all data.
         """
@@ -114,6 +124,7 @@ class Tally:
             **columns,
             num_particles=self.num_chains,
             data=data,
+            kind=kind,
             acceptance=acceptance,
             divergent=divergent / max(moves * self.num_chains, 1),
             num_moves=moves,

@@ -109,6 +109,7 @@ def reciprocal_evidence(
         tally.add([walk])
     return tally.estimate(
         fingerprint(args),
+        "reciprocal importance sampling",
         moves=2 * num_draws,
         gradients=plan.gradients(data_size(moved), num_chains),
     )

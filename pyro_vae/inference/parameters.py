@@ -52,8 +52,8 @@ class Parameters:
         for role, module in self.modules.items():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad and id(parameter) not in self._seen:
-                    self._seen.add(id(parameter))
                     self.named[f"{role}.{name}"] = parameter
+                self._seen.add(id(parameter))  # the frozen ones too, whose sites a trace shows
         self._own_names = {
             name.removesuffix("_unconstrained")
             for module in self.modules.values()
