@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.evidence.importance import Sums
-from pyro_vae.evidence.pareto import Tail, tail_size, threshold
+from pyro_vae.evidence.pareto import Tail, pooled, tail_size, threshold
 
 # --- against other implementations
 
@@ -242,6 +242,45 @@ def test_the_threshold_is_that_of_the_paper():
     assert threshold(100) == 0.5
     assert threshold(1_000) == pytest.approx(2 / 3)
     assert threshold(10_000) == threshold(10**6) == 0.7
+
+
+# --- of many data
+
+
+def shapes(k: Tensor) -> Tensor:
+    """Fitted k of 1,000 draws of Pareto distributions of shape k (N,)."""
+    uniform = torch.rand(1_000, len(k), generator=torch.Generator().manual_seed(0)).double()
+    return pv.pareto_k(-k * uniform.log())
+
+
+@pytest.mark.parametrize("shape", [0.1, 0.6, 1.2])
+def test_the_k_of_equal_data_are_drawn_to_their_mean(shape):
+    k = shapes(torch.full((500,), shape))
+    assert k.std() > 0.08  # noise, all of it
+    assert pooled(k, 1_000).std() < 0.5 * k.std()
+    assert pooled(k, 1_000).mean() == pytest.approx(k.mean().item())
+
+
+def test_the_k_of_different_data_stay_what_they_are():
+    k = shapes(torch.linspace(0.0, 2.0, 500))
+    assert (pooled(k, 1_000) - k).abs().max() < 0.15
+
+
+def test_the_k_of_somewhat_different_data_are_known_better():
+    truth = torch.linspace(0.3, 0.9, 500).double()
+    k, size = shapes(truth), tail_size(1_000)
+    expected = (size * truth + 5) / (size + 10)
+    error, drawn = (found - expected for found in (k, pooled(k, 1_000)))
+    assert drawn.square().mean() < 0.8 * error.square().mean()
+
+
+def test_an_unknown_k_stays_unknown_and_a_lone_one_what_it_is():
+    k = torch.tensor([0.2, math.nan, 0.9, 0.4], dtype=torch.float64)
+    assert pooled(k, 1_000).isnan().tolist() == [False, True, False, False]
+    for lone in (k[:1], k[1:2], k[:2]):
+        torch.testing.assert_close(pooled(lone, 1_000), lone, equal_nan=True)
+    equal = torch.zeros(7, dtype=torch.float64)  # an exact guide
+    assert torch.equal(pooled(equal, 1_000), equal)
 
 
 # --- in passing
