@@ -114,6 +114,7 @@ def test_without_a_tail_the_effective_particles_decide_alone():
     assert e.trusted.tolist() == [True, False, False]
     few = judged([math.nan] * 2, [9.0, 2.0], num_particles=10)  # too few for a tail
     assert few.trusted.tolist() == [True, False]
+    assert few.advice.endswith("(namely 1). More particles are likely to do.")
     assert "as far as the effective sample size tells" in judged([math.nan], [9], 10).advice
 
 

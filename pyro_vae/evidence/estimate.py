@@ -185,7 +185,7 @@ class Estimate:
     def _remedy(self, k: Tensor) -> str:
         if self._num_weights == 1:
             return "One particle has no error bar: give more."
-        if (k <= 0.7).all():
+        if self.pareto_k is None or not self._has_tail or (k <= 0.7).all():
             return "More particles are likely to do."
         return (
             "Beyond a Pareto k of 0.7 more particles help slowly: anneal (pv.ais), or give the "
