@@ -12,8 +12,10 @@ from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
 from pyro_vae.evidence.nats import Nats
 from pyro_vae.evidence.pareto import pareto_k, smoothed
+from pyro_vae.evidence.prior import from_prior
 from pyro_vae.evidence.reciprocal import reciprocal_evidence
 from pyro_vae.evidence.surgery import elbo_parts
+from pyro_vae.evidence.upper import UpperBound, upper_bound
 from pyro_vae.inference.free_bits import FreeBits
 from pyro_vae.inference.handlers import kl_weight
 from pyro_vae.inference.loop import DivergedError, warmup
@@ -65,6 +67,7 @@ __all__ = [
     "Split",
     "StickingTheLanding",
     "Stratified",
+    "UpperBound",
     "ais",
     "bidirectional",
     "compare",
@@ -77,6 +80,7 @@ __all__ = [
     "evaluate_run",
     "families",
     "fit",
+    "from_prior",
     "gaps",
     "generate",
     "joint_log_weights",
@@ -93,5 +97,6 @@ __all__ = [
     "reconstruct",
     "refine",
     "smoothed",
+    "upper_bound",
     "warmup",
 ]

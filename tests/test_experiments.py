@@ -5,12 +5,14 @@ import json
 import math
 import os
 import runpy
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from sklearn.metrics import roc_auc_score
 
 import pyro_vae as pv
 
@@ -25,7 +27,7 @@ NO_TRAINING = {"tables"}
 COMPARING = {"guides", "likelihoods", "priors"}
 COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
 # Those with tests of their own below.
-OF_THEIR_OWN = {"full_bayes"}
+OF_THEIR_OWN = {"full_bayes", "out_of_distribution"}
 EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING | COMPARING | OF_THEIR_OWN]
 
 
@@ -147,3 +149,59 @@ def test_the_pair_for_the_digits_is_over_levels():
     assert pv.reconstruct(model, guide, x, draw=True).max() <= 16
     data.check_likelihood(pv.decode(model, torch.zeros(1, 2)), "x")
     assert pv.log_weights(model, guide, x, num_particles=2).shape == (2, 7)
+
+
+def test_foreign_images_are_told_apart_by_every_score(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(FOLDER / "out_of_distribution.py", monkeypatch, "--smoke", "--out", str(out))
+    figures = json.loads((out / "results.json").read_text())
+    own, *foreign = figures["sets"]
+    made = ["mirrored", "inverted", "shuffled pixels", "noise", "empty"]
+    names = ["unseen class (1)", "black and white", *made]
+    assert own["name"] == "held-out data"
+    assert [row["name"] for row in foreign] == names
+    for row in foreign:
+        assert set(row["auroc"]) == {"likelihood", "typicality", "complexity", "ratio"}
+        for area in row["auroc"].values():
+            assert 0 <= area["value"] <= 1
+            assert 0 <= area["standard_error"] < 0.2
+    codes = {row["name"]: row["code_bits"] for row in figures["sets"]}
+    assert codes["empty"] < codes["black and white"] < codes["held-out data"] < codes["noise"]
+    assert "without the images of class 1" in figures["protocol"]["data"]
+    assert {"protocol", "seed", "num_particles", "log_evidence_train"} <= set(figures)
+    said = capsys.readouterr().out
+    assert f"| empty | {foreign[-1]['log_evidence']:.1f} |" in said
+    assert (out / "out_of_distribution.png").stat().st_size > 1000
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn():
+    script = runpy.run_path(str(FOLDER / "out_of_distribution.py"))
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(200, generator=generator).mul(3).round()  # with ties
+    foreign = torch.randn(150, generator=generator).mul(3).round() + 2
+    labels = torch.cat([torch.zeros(200), torch.ones(150)])
+    expected = roc_auc_score(labels.numpy(), torch.cat([own, foreign]).numpy())
+    area = script["auroc"](own, foreign)
+    assert area["value"] == pytest.approx(expected, rel=1e-12)
+    # Its error against that of repetitions.
+    repeated = [
+        script["auroc"](torch.randn(60), torch.randn(40) + 1)["value"] for _ in range(1_000)
+    ]
+    said = script["auroc"](torch.randn(60), torch.randn(40) + 1)["standard_error"]
+    assert said == pytest.approx(torch.tensor(repeated).std().item(), rel=0.3)
+
+
+def test_the_code_of_an_image_can_be_read_back():
+    """The bits that a code needs, against zlib's own reading of it."""
+    script = runpy.run_path(str(FOLDER / "out_of_distribution.py"))
+    x = torch.randint(0, 2, (5, 64)).float()
+    for row in x:
+        packed = script["_packed"](row.to(torch.int64))
+        assert len(packed) == 8
+        raw = zlib.decompress(script["_deflated"](packed), wbits=-15)
+        bits = [(byte >> i) & 1 for byte in raw for i in range(8)]
+        assert bits == row.int().tolist()
+    lengths = script["code_length"](x, (8, 8), 1)
+    assert (lengths >= 64).all()  # nobody codes noise in less
+    smooth = torch.arange(64).float().div(4).floor().unsqueeze(0)
+    assert script["code_length"](smooth, (8, 8), 16) < 8 * 64
