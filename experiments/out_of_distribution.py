@@ -1,15 +1,16 @@
 r"""Is an image foreign to what a model was trained on? log p(x) alone does not say.
 
-A density is no detector: what a model has never seen may be as probable as its data, because it is
-simpler. On the digits of scikit-learn a model that was trained on all of them but the ones gives
-ones about the log p(x) of held-out data, and a model of seventeen grey levels gives it to digits in
+A density is no detector: what a model has never seen may be as probable as its data, or more so,
+because it is simpler. To a model of binarized MNIST an empty image is more probable than nearly all
+digits. On the digits of scikit-learn a model that was trained on all of them but the ones gives
+ones about the log p(x) of held-out data, and one of seventeen grey levels gives it to digits in
 black and white.
 
 Four scores of held-out data and of foreign images, each the larger the more foreign, and how well
 each tells them apart:
 
     likelihood    -log p(x)
-    typicality    |-log p(x) - mean over the training data|                 Nalisnick et al. 2019
+    typicality    |-log p(x) - mean over the training data|                Nalisnick et al. 2019
     complexity    -log2 p(x) - bits of x under a lossless code (zlib)        Serrà et al. 2020
     ratio         -log p(x) + log p_0(x), with p_0 of perturbed data         Ren et al. 2019
 
@@ -18,8 +19,9 @@ one of the data's own; 0.5 is chance, and below it the score prefers the foreign
 tuned on foreign images, which a detector has not seen when it is made.
 
     python experiments/out_of_distribution.py --out runs/out_of_distribution
-    python experiments/out_of_distribution.py --data binarized_mnist --foreign fashion_mnist \
-        --root ../shared/data --epochs 60 --latent-dim 40 --hidden-dims 300 300 --num-test 2000
+    python experiments/out_of_distribution.py --data binarized_mnist --root ../shared/data \
+        --epochs 12 --latent-dim 40 --hidden-dims 300 300 --num-test 500
+    python experiments/out_of_distribution.py --data fashion_mnist --foreign mnist --epochs 20 ...
 
 References: Nalisnick et al., "Do deep generative models know what they don't know?" (2019) and
 "Detecting out-of-distribution inputs to deep generative models using typicality" (2019); Ren et

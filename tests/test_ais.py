@@ -9,7 +9,6 @@ import pytest
 import scipy.integrate
 import torch
 from helpers import LinearGaussian, library_pair, masked_pair
-from pyro import poutine
 from torch import Tensor
 from weights import WEIGHABLE
 
@@ -17,13 +16,6 @@ import pyro_vae as pv
 from pyro_vae.evidence import target
 from pyro_vae.evidence.particles import Pair
 from pyro_vae.evidence.road import resting, sigmoid_schedule
-
-
-def prior_of(model: Any) -> Any:
-    return poutine.block(
-        model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]
-    )
-
 
 # --- exact values
 
@@ -67,10 +59,10 @@ def test_it_finds_log_p_from_a_guide_that_is_too_narrow_or_too_wide(inflation):
 def test_it_finds_log_p_from_the_prior():
     pair = LinearGaussian.random(dim=8, latent_dim=4, scale=0.3)
     x = pair.sample(50)
-    estimate = pv.ais(pair.model, prior_of(pair.model), x, temperatures=120, leapfrog_steps=3)
+    estimate = pv.ais(pair.model, pv.from_prior(pair.model), x, temperatures=120, leapfrog_steps=3)
     exact = pair.log_evidence(x)
     assert abs(estimate.mean - exact.mean().item()) < 4 * estimate.mean_standard_error
-    simple = pv.log_evidence(pair.model, prior_of(pair.model), x, num_particles=120 * 16)
+    simple = pv.log_evidence(pair.model, pv.from_prior(pair.model), x, num_particles=120 * 16)
     gap = (estimate.value - exact).abs().median()
     assert gap < (simple.value - exact).abs().median() / 2
 
@@ -79,7 +71,7 @@ def test_more_temperatures_bring_the_bound_closer():
     pair = LinearGaussian.random(dim=8, latent_dim=4)
     x = pair.sample(100)
     options: dict[str, Any] = {"num_chains": 8, "leapfrog_steps": 2}
-    start = prior_of(pair.model)
+    start = pv.from_prior(pair.model)
     bounds = [
         pv.ais(pair.model, start, x, temperatures=t, **options).elbo.mean() for t in (4, 12, 40)
     ]
@@ -121,7 +113,9 @@ def test_constrained_latents_move_through_their_transforms(kind):
             z = pyro.sample("z", prior)
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    estimate = pv.ais(model, prior_of(model), x, num_chains=100, temperatures=30, leapfrog_steps=3)
+    estimate = pv.ais(
+        model, pv.from_prior(model), x, num_chains=100, temperatures=30, leapfrog_steps=3
+    )
     for value, error, datum in zip(estimate.value, estimate.standard_error, x, strict=True):
 
         def log_joint(z: Tensor, datum: Tensor = datum) -> Tensor:
@@ -144,7 +138,7 @@ def test_a_simplex_moves_too():
         [dist.DirichletMultinomial(alpha, int(n.sum())).log_prob(n) for n in counts]
     )
     estimate = pv.ais(
-        model, prior_of(model), counts, num_chains=100, temperatures=30, leapfrog_steps=3
+        model, pv.from_prior(model), counts, num_chains=100, temperatures=30, leapfrog_steps=3
     )
     assert ((estimate.value - exact).abs() < 4 * estimate.standard_error + 1e-3).all()
 
