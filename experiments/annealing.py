@@ -10,8 +10,6 @@ two gaps of the bound. Each line has its budget, its time and its error.
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +68,9 @@ class Rows:
         print(f"  {value:.3f} +- {error:.3f} nats per datum, {row['seconds']:.0f} s", flush=True)
 
 
-def judge(model: Any, guide: Any, x: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
+def judge(run: Path, x: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every line of the results."""
+    model, guide = pv.load(run)
     options: dict[str, Any] = {
         "num_chains": args.num_chains,
         "temperatures": args.temperatures,
@@ -85,7 +84,9 @@ def judge(model: Any, guide: Any, x: Tensor, args: argparse.Namespace) -> list[d
     weighted = rows.measure(
         "importance weighting",
         f"{args.num_particles} particles",
-        lambda: pv.log_evidence(model, guide, x, num_particles=args.num_particles, seed=args.seed),
+        lambda: pv.evaluate_run(
+            run, num_particles=args.num_particles, limit=len(x), seed=args.seed, progress=False
+        ),
     )
     rows.note(weighted.mean, weighted.mean_standard_error, untrusted=weighted.untrusted)
     annealed = rows.measure(
@@ -171,9 +172,9 @@ def main() -> None:
         out=run,
         resume=(run / "config.json").exists(),
     )
-    model, guide = pv.load(run)
-    rows = torch.linspace(0, len(data.test) - 1, min(args.images, len(data.test))).long()
-    lines = judge(model, guide, data.test[rows], args)
+    # The data that evaluate_run judges, too.
+    rows = torch.linspace(0, len(data.test) - 1, min(args.images, len(data.test))).round().long()
+    lines = judge(run, data.test[rows], args)
     results = {
         "title": f"Evidence of a pair for {data.name}, {args.latent_dim} latent dimensions",
         "protocol": {
@@ -185,10 +186,7 @@ def main() -> None:
             "judged": f"{len(rows)} test data, spread evenly",
             "seed": str(args.seed),
         },
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
+        "machine": json.loads((run / "evidence.json").read_text())["machine"],
         "lines": lines,
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
-"""Write docs/results.md from the figures in docs/results/*.json: no figure is typed by hand.
+"""Write docs/results.md and docs/evidence-results.md from JSON: no figure is typed by hand.
 
-python experiments/tables.py
+The figures lie in docs/results and docs/evidence, as the experiments left them.
+
+    python experiments/tables.py
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,13 @@ files in `docs/results/`, which the experiments leave as `results.json` in their
 standard error of the mean as an estimate for new data. Figures of others are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
 together; "bias" is about how far log p(x) is too low.
+"""
+
+
+EVIDENCE = """# What the estimators of evidence say
+
+Measured figures for [evidence.md](evidence.md), with seed, budget and time. This page is written by
+`experiments/tables.py` from the files in `docs/evidence/`.
 """
 
 
@@ -112,24 +122,100 @@ def comparison(name: str, figures: dict[str, Any]) -> str:
     )
 
 
+def estimators(name: str, figures: dict[str, Any]) -> str:
+    """What several estimators say of one pair."""
+    known = {"what", "budget", "seconds", "value", "error"}
+    lines = []
+    for line in figures["lines"]:
+        more = ", ".join(
+            f"{k.replace('_', ' ')} {v:.3g}" for k, v in line.items() if k not in known
+        )
+        seconds = f"{line['seconds']:,.0f}" if line["seconds"] else ""
+        lines.append(
+            f"| {line['what'].strip()} | **{line['value']:.3f}** | {line['error']:.3f} | "
+            f"{line['budget']} | {seconds} | {more} |"
+        )
+    head = "| | nats per datum | +- estimator | budget | seconds | besides |"
+    return _with_protocol(name, figures, [head, "|---" * 6 + "|", *lines])
+
+
+def foreign(name: str, figures: dict[str, Any]) -> str:
+    """How well scores tell foreign images from a model's own."""
+    own, *others = figures["sets"]
+    scores = list(others[0]["auroc"])
+    lines = [
+        f"| {own['name']} | {own['log_evidence']:.1f} | {own['code_bits']:.0f} | "
+        f"{own['ess_median']:.1f} |" + " |" * len(scores)
+    ]
+    for found in others:
+        cells = [
+            f"{found['auroc'][score]['value']:.3f} +- {found['auroc'][score]['standard_error']:.3f}"
+            for score in scores
+        ]
+        lines.append(
+            f"| {found['name']} | {found['log_evidence']:.1f} | {found['code_bits']:.0f} | "
+            f"{found['ess_median']:.1f} | " + " | ".join(cells) + " |"
+        )
+    head = "| images | log p(x) | bits of a code | median ESS | " + " | ".join(scores) + " |"
+    figures["protocol"] |= {
+        "scores": "area under the ROC curve, 0.5 is chance",
+        "seed": str(figures["seed"]),
+        "time": f"{figures['seconds']:,.0f} s",
+    }
+    return _with_protocol(name, figures, [head, "|---" * (4 + len(scores)) + "|", *lines])
+
+
+def _with_protocol(name: str, figures: dict[str, Any], table: list[str]) -> str:
+    facts = {f"protocol: {key}": text for key, text in figures["protocol"].items()}
+    if "machine" in figures:
+        machine = figures["machine"]
+        facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    return "\n".join(
+        [
+            f"## {figures['title']}",
+            "",
+            *table,
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {text} |" for key, text in facts.items()),
+            "",
+            f"Figures: [evidence/{name}.json](evidence/{name}.json)",
+            "",
+        ]
+    )
+
+
 def page(folder: Path) -> str:
-    """The whole page from the figures in a folder."""
-    sections = []
+    """The page of results from the figures in a folder."""
+    return _page(HEAD, folder, lambda figures: comparison if "rows" in figures else section)
+
+
+def evidence_page(folder: Path) -> str:
+    """The page of the estimators from the figures in a folder."""
+    return _page(EVIDENCE, folder, lambda figures: estimators if "lines" in figures else foreign)
+
+
+def _page(head: str, folder: Path, writer_of: Callable[[dict[str, Any]], Any]) -> str:
+    sections = [head]
     for file in sorted(folder.glob("*.json")):
         figures = json.loads(file.read_text())
-        write = comparison if "rows" in figures else section
-        sections.append(write(file.stem, figures))
-    return "\n".join([HEAD, *sections])
+        sections.append(writer_of(figures)(file.stem, figures))
+    return "\n".join(sections)
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     docs = Path(__file__).parents[1] / "docs"
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    (docs / "results.md").write_text(page(docs / "results"))
-    print(f"{docs / 'results.md'}")
+    for name, text in (
+        ("results.md", page(docs / "results")),
+        ("evidence-results.md", evidence_page(docs / "evidence")),
+    ):
+        (docs / name).write_text(text)
+        print(docs / name)
 
 
 if __name__ == "__main__":

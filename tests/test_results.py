@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+EVIDENCE = ROOT / "docs" / "evidence"
 
 
 def test_no_figure_is_typed_by_hand():
@@ -15,6 +16,8 @@ def test_no_figure_is_typed_by_hand():
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert (ROOT / "docs" / "results.md").read_text() == tables.page(RESULTS)
+    written = tables.evidence_page(EVIDENCE)
+    assert (ROOT / "docs" / "evidence-results.md").read_text() == written
 
 
 def test_every_result_states_its_protocol():
