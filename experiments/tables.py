@@ -95,6 +95,16 @@ def comparison(name: str, figures: dict[str, Any]) -> str:
     if "machine" in figures:
         machine = figures["machine"]
         facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    if "annealed" in figures:
+        more = figures["annealed"]
+        facts[f"{more['name']} by annealing, {more['num_data']} test data"] = (
+            f"**{more['log_evidence']:.2f}** +- {more['mean_standard_error']:.2f} (estimator) +- "
+            f"{more['sampling_error']:.2f} (test set) nats, **{more['bits_per_dim']:.4f}** bits "
+            f"per dimension: {more['gain']:+.2f} +- {more['gain_error']:.2f} nats to importance "
+            f"weighting; {more['num_chains']} chains, {more['temperatures']} temperatures, "
+            f"{more['leapfrog_steps']} leapfrog steps, median ESS {more['ess_median']:.1f}, "
+            f"{more['seconds']:,.0f} s"
+        )
     if "amortization" in figures:
         cost = figures["amortization"]
         facts[f"gap of {cost['name']}, {cost['num_data']} test data"] = (
