@@ -7,6 +7,7 @@ from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.compare import Comparison, Comparisons, compare
 from pyro_vae.evidence.elbo_parts import ElboParts
 from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
+from pyro_vae.evidence.evaluation import Evaluation, evaluate
 from pyro_vae.evidence.gaps import Gaps, gaps
 from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights
@@ -52,6 +53,7 @@ __all__ = [
     "DivergedError",
     "ElboParts",
     "Estimate",
+    "Evaluation",
     "FreeBits",
     "Gaps",
     "Guide",
@@ -77,6 +79,7 @@ __all__ = [
     "distributions",
     "elbo_parts",
     "encode",
+    "evaluate",
     "evaluate_run",
     "families",
     "fit",

@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 LESS: dict[str, dict[str, Any]] = {
     "ais": {"num_chains": 2, "temperatures": 4, "leapfrog_steps": 1},
     "bidirectional": {"num_chains": 2, "temperatures": 4, "leapfrog_steps": 1},
+    "evaluate": {"num_particles": 30, "temperatures": 4},
     "gaps": {"steps": 5, "num_particles": 20},
 }
 
