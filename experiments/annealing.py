@@ -93,7 +93,7 @@ def judge(run: Path, x: Tensor, args: argparse.Namespace) -> list[dict[str, Any]
         "annealing from the guide", chains, lambda: pv.ais(model, guide, x, **options)
     )
     rate = annealed.gradients / rows.rows[-1]["seconds"]
-    least = floor(model, rows=100 * 16)
+    least = floor(model, rows=min(len(x), 100) * min(args.num_chains, 16))
     rows.note(
         annealed.mean,
         annealed.mean_standard_error,

@@ -27,7 +27,7 @@ NO_TRAINING = {"tables"}
 COMPARING = {"guides", "likelihoods", "priors"}
 COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
 # Those with tests of their own below.
-OF_THEIR_OWN = {"full_bayes", "out_of_distribution"}
+OF_THEIR_OWN = {"annealing", "full_bayes", "out_of_distribution"}
 EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING | COMPARING | OF_THEIR_OWN]
 
 
@@ -149,6 +149,35 @@ def test_the_pair_for_the_digits_is_over_levels():
     assert pv.reconstruct(model, guide, x, draw=True).max() <= 16
     data.check_likelihood(pv.decode(model, torch.zeros(1, 2)), "x")
     assert pv.log_weights(model, guide, x, num_particles=2).shape == (2, 7)
+
+
+def test_annealing_judges_in_every_way(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "runs"
+    run(FOLDER / "annealing.py", monkeypatch, "--smoke", "--out", str(out))
+    figures = json.loads((out / "results.json").read_text())
+    lines = {line["what"].strip(): line for line in figures["lines"]}
+    assert all(math.isfinite(line["value"]) and line["error"] > 0 for line in lines.values())
+    weighted, annealed = lines["importance weighting"], lines["annealing from the guide"]
+    gained = lines["more than importance weighting"]["value"]
+    assert gained == pytest.approx(annealed["value"] - weighted["value"])
+    parts = lines["approximation gap"]["value"] + lines["amortization gap"]["value"]
+    assert parts > 0
+    assert 0 < annealed["share_of_floor"] < 2
+    assert {"title", "protocol", "machine"} <= set(figures)
+    assert str(out / "results.json") in capsys.readouterr().out
+
+
+def test_likelihoods_are_annealed_where_that_is_asked_for(monkeypatch, tmp_path):
+    out = tmp_path / "runs"
+    few = ["--anneal", "3", "--annealed", "4", "--num-chains", "2", "--leapfrog-steps", "1"]
+    only = ["--only", "discretized logistic", "binomial"]
+    run(FOLDER / "likelihoods.py", monkeypatch, "--smoke", "--out", str(out), *few, *only)
+    figures = json.loads((out / "results.json").read_text())
+    annealed = figures["annealed"]
+    best = max(figures["rows"], key=lambda row: row["log_evidence"])
+    assert annealed["name"] == best["name"]
+    assert annealed["num_data"] == 4
+    assert annealed["bits_per_dim"] == pytest.approx(-annealed["log_evidence"] / (64 * math.log(2)))
 
 
 def test_foreign_images_are_told_apart_by_every_score(monkeypatch, tmp_path, capsys):

@@ -13,14 +13,15 @@ from torch import Tensor
 from pyro_vae.evidence.hmc import Kinetics, leapfrog, move, tune
 from pyro_vae.evidence.particles import Pair
 from pyro_vae.evidence.road import resting
-from pyro_vae.evidence.target import Space, State, mix
+from pyro_vae.evidence.target import Space, State, mix, supports_of
 
 
 def space_of(pair: LinearGaussian, x: Tensor, chains: int, inflation: float = 1.3) -> Space:
     def guide(x: Tensor) -> None:
         pair.guide(x, inflation)
 
-    return Space(Pair(pair.model, guide, (x,), None), chains)
+    found = Pair(pair.model, guide, (x,), None)
+    return Space(found, chains, supports_of(found))
 
 
 def start(space: Space) -> State:
@@ -166,8 +167,9 @@ def test_a_trajectory_to_where_nothing_is_finite_is_refused_and_counted():
             pyro.sample("z", dist.Normal(x.new_zeros(()), 0.1))
 
     x = torch.zeros(3).double()
-    space = Space(Pair(model, guide, (x,), None), 50)
-    with resting(space.pair, "test"):
+    pair = Pair(model, guide, (x,), None)
+    with resting(pair, "test"):
+        space = Space(pair, 50, supports_of(pair))
         state = start(space)
         kinetics = Kinetics(torch.full((3,), 3.0).double(), torch.ones(3, 1).double())
         result = move(space.state, (x,), state, 1.0, kinetics, 3)

@@ -49,8 +49,9 @@ def ais(
     r"""Estimate log p(x) per datum by annealed importance sampling.
 
     Chains start from the guide; to start from the prior, hand over ``pv.from_prior(model)``. One
-    step, ``temperatures=1``, is importance sampling. Cost: about 1.2 T L gradients of the model for
-    each chain and datum, of which the pilot run takes the sixth part.
+    step, ``temperatures=1``, is importance sampling. Cost: T L gradients of the model for each
+    chain and datum, and a pilot run of at most 215 L for at most 16 of the chains (128 on a GPU):
+    a fifth more at T = 1000, twice as much below T = 200.
 
     Args:
         model: A Pyro model with continuous latents; discrete ones of its own are summed out.
@@ -85,20 +86,21 @@ def ais(
         >>> estimate.value.shape, estimate.mean < 0
         (torch.Size([7]), True)
     """
-    check_options(num_chains, None, compile=compile)
+    check_options(num_chains, None, compile=compile, name="num_chains")
     plan = check_plan(temperatures, leapfrog_steps, acceptance, seed)
     moved = on_device(args, device_of(model, guide))
-    tally = Tally(num_chains)
+    tally, pilot = Tally(num_chains), 0
     targets = Targets(plan, compile, rows=num_chains * data_size(moved))
     for index, block in enumerate(data_blocks(moved)):
         with at_rest(model, guide):
             pair = Pair(model, guide, block, data_plate)
         sizes = chain_blocks(num_chains, pair.device)
-        road = Road(pair, targets, plan, index, sizes[0])
+        pilot = sizes[0]
+        road = Road(pair, targets, plan, index, pilot)
         tally.add([road.up(chains, number, progress) for number, chains in enumerate(sizes)])
     return tally.estimate(
         fingerprint(args),
         "annealed importance sampling",
         moves=plan.moves,
-        gradients=plan.gradients(data_size(moved), num_chains),
+        gradients=plan.gradients(data_size(moved), num_chains, pilot=pilot),
     )

@@ -57,10 +57,16 @@ def blocks(
         yield of_data(pair, weigher, num_particles, ("evidence", seed, index))
 
 
-def check_options(num_particles: int, chunk_size: int | None, *, compile: Compile) -> None:
-    """Refuse options that make no sense."""
+def check_options(
+    num_particles: int,
+    chunk_size: int | None,
+    *,
+    compile: Compile,
+    name: str = "num_particles",
+) -> None:
+    """Refuse options that make no sense; ``name`` is what the caller calls the first."""
     if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}.")
+        raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 particle or None, got {chunk_size}.")
     if compile not in (True, False, "auto"):

@@ -39,6 +39,8 @@ class ChainEstimate(Estimate):
     gradients: int = field(kw_only=True)
 
     def _remedy(self, k: Tensor) -> str:
+        if self.num_particles == 1:
+            return "One chain has no error bar: give more."
         said = "Few of the chains carry the weight: take more temperatures, then more chains."
         if self.divergent.max() > _DIVERGENT:
             said += " Trajectories diverge: take more leapfrog steps, or ask for more acceptance."

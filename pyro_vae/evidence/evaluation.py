@@ -215,7 +215,9 @@ def evaluate(
     )
     size = data_size(args)
     untrusted = (~weighted.trusted).nonzero().squeeze(1)
-    price = PASSES * plan.gradients(1, num_chains) / (size * num_particles)
+    price = (
+        PASSES * plan.gradients(1, num_chains, pilot=min(num_chains, 16)) / (size * num_particles)
+    )
     count = min(len(untrusted), math.floor(budget / price + 1e-9))
     annealed = None
     if count < min(2, len(untrusted)):  # one of several has no spread, and so no error

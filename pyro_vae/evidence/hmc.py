@@ -179,5 +179,8 @@ def tune(
 
 def _spread(visited: Tensor, before: Tensor) -> Tensor:
     """The standard deviation (n, D) of positions (moves, chains, n, D), half of it as before."""
-    variance = visited.flatten(0, 1).var(0)
+    positions = visited.flatten(0, 1)
+    if len(positions) == 1:  # a single chain, which has only begun
+        return before.expand_as(positions[0])
+    variance = positions.var(0)
     return ((variance + before.square()) / 2).sqrt()

@@ -74,16 +74,24 @@ class Pair:
             dtype=self.autocast,
             enabled=self.autocast is not None,
         ):
+            trace = self.replayed(args, guide_trace, particles)
             if self.sums:
-                return self._score_with_sums(args, guide_trace, particles)
-            trace = self._trace(poutine.replay(self.model, trace=guide_trace), args, particles)
+                return self._with_sums(trace, guide_trace, particles)
             return self._per_datum([*latent_sites(trace), *observed_sites(trace)], particles)
 
-    def _score_with_sums(self, args: Arguments, guide_trace: Trace, particles: int) -> Tensor:
-        """The same where the model has discrete latents of its own: these are summed out."""
+    def replayed(self, args: Arguments, guide_trace: Trace, particles: int) -> Trace:
+        """The model's trace at particles that a guide's trace holds.
+
+        What the model alone draws, and is marked, takes all its values.
+        """
+        if not self.sums:
+            return self._trace(poutine.replay(self.model, trace=guide_trace), args, particles)
         inside = sums_out(in_particles(self.model, particles, self.nesting), self.nesting + 1)
         replayed = poutine.replay(inside, trace=guide_trace)
-        trace = poutine.util.prune_subsample_sites(self._run(replayed, args, particles))
+        return poutine.util.prune_subsample_sites(self._run(replayed, args, particles))
+
+    def _with_sums(self, trace: Trace, guide_trace: Trace, particles: int) -> Tensor:
+        """Joint log-densities with the discrete latents of the model's own summed out."""
         trace.symbolize_dims()
         drawn = frozenset(name for name, _ in latent_sites(guide_trace))
         log_probs = (

@@ -91,7 +91,7 @@ def reciprocal_evidence(
         >>> abs(estimate.mean - exact.mean) < 0.1
         True
     """
-    check_options(num_chains, None, compile=compile)
+    check_options(num_chains, None, compile=compile, name="num_chains")
     if num_draws < 2:
         raise ValueError(f"num_draws: expected at least 2, got {num_draws}.")
     plan = check_plan(torch.tensor([0.0, 1.0]), leapfrog_steps, acceptance, seed)
@@ -103,15 +103,14 @@ def reciprocal_evidence(
         with at_rest(model, guide):
             pair = Pair(model, guide, block, data_plate)
         with resting(pair, "reciprocal", seed, index):
-            walk = _walk(pair, targets, plan, num_chains, num_draws, progress)
-        if index == 0:
-            _warn_of_dimensions(targets(pair, num_chains)[0].dim)
-        tally.add([walk])
+            if index == 0:
+                _warn_of_dimensions(targets(pair, num_chains)[0].dim)
+            tally.add([_walk(pair, targets, plan, num_chains, num_draws, progress)])
     return tally.estimate(
         fingerprint(args),
         "reciprocal importance sampling",
         moves=2 * num_draws,
-        gradients=plan.gradients(data_size(moved), num_chains),
+        gradients=plan.gradients(data_size(moved), num_chains, pilot=num_chains),
     )
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -23,7 +24,14 @@ from pyro_vae.context import at_rest, forked, seeded
 from pyro_vae.evidence.chains import Walk
 from pyro_vae.evidence.hmc import Kinetics, move, tune
 from pyro_vae.evidence.particles import Pair
-from pyro_vae.evidence.target import Space, State, Target, compiled_target
+from pyro_vae.evidence.target import (
+    Space,
+    State,
+    Target,
+    bounds_of,
+    compiled_target,
+    supports_of,
+)
 from pyro_vae.graph.refusal import CannotCompileError, warn_uncompiled
 from pyro_vae.graph.work import WORTH_COMPILING, Work
 from pyro_vae.inference.compiled import Compile
@@ -74,10 +82,17 @@ class Plan:
         """Number of moves in the pilot run."""
         return (self.places + 3) * self.pilot_moves if self.moves else 0
 
-    def gradients(self, size: int, chains: int) -> int:
-        """Evaluations of the gradient for so many data and chains, with those of the pilot run."""
-        pilot = self.trials * min(chains, CHAIN_BLOCK["cpu"])
-        return size * (self.leapfrog_steps * (self.moves * chains + pilot) + chains)
+    def gradients(self, size: int, chains: int, *, pilot: int) -> int:
+        """Evaluations of the gradient for so many data and chains.
+
+        Args:
+            size: Number of data.
+            chains: Number of chains of each datum.
+            pilot: Number of them in the pilot run.
+        """
+        walk = self.leapfrog_steps * self.moves + 1
+        before = self.leapfrog_steps * self.trials + 1 if self.moves else 0
+        return size * (chains * walk + pilot * before)
 
 
 def sigmoid_schedule(temperatures: int) -> Tensor:
@@ -109,8 +124,10 @@ def check_plan(
                 "temperatures: expected a number, or a schedule that rises from 0 to 1, got "
                 f"{betas.flatten()[:5].tolist()}... of shape {tuple(betas.shape)}."
             )
-    elif temperatures < 1:
-        raise ValueError(f"temperatures: expected at least 1, got {temperatures}.")
+    elif not isinstance(temperatures, int) or temperatures < 1:
+        raise ValueError(
+            f"temperatures: expected a number of at least 1, or a schedule, got {temperatures!r}."
+        )
     else:
         betas = sigmoid_schedule(temperatures)
     if leapfrog_steps < 1:
@@ -141,15 +158,37 @@ class Targets:
         self.compile = compile
         self.rows = rows
         self._known: dict[tuple[int, int], tuple[Space, Target]] = {}
+        self._looked_at: Pair | None = None
+        self._bounds: dict[str, Any] | None = None
 
     def __call__(self, pair: Pair, chains: int) -> tuple[Space, Target]:
-        """The space of such a block, and its densities."""
+        """The space of such a block, and its densities.
+
+        Raises:
+            ValueError: See ``ais``.
+        """
         shape = (chains, data_size(pair.args))
-        if shape not in self._known:
-            with forked(device=pair.device):
-                space = Space(pair, chains)
-            self._known[shape] = space, self._target(space, shape)
+        with forked(device=pair.device):
+            if pair is not self._looked_at or shape not in self._known:
+                supports = self._supports(pair)
+                self._looked_at = pair
+                if shape not in self._known:
+                    space = Space(pair, chains, supports)
+                    self._known[shape] = space, self._target(space, shape)
         return self._known[shape]
+
+    def _supports(self, pair: Pair) -> dict[str, Any]:
+        """The supports of a block's latents, which are those of every block."""
+        supports = supports_of(pair)
+        bounds = {name: bounds_of(name, support) for name, support in supports.items()}
+        if self._bounds is not None and bounds != self._bounds:
+            name = next(name for name in bounds if bounds[name] != self._bounds.get(name))
+            raise ValueError(
+                f"site {name!r}: the bounds of its support differ among data, which Hamiltonian "
+                "moves can't follow; use log_evidence."
+            )
+        self._bounds = bounds
+        return supports
 
     def _target(self, space: Space, shape: tuple[int, int]) -> Target:
         if self.compile is False:
@@ -162,8 +201,7 @@ class Targets:
             if work.seconds(calls, calls) < WORTH_COMPILING:
                 return space.state
         try:
-            with forked(device=space.pair.device):
-                return compiled_target(space)
+            return compiled_target(space)
         except CannotCompileError as error:
             warn_uncompiled("the annealed chains run without compiling", error)
             self.compile = False

@@ -25,7 +25,10 @@ from pyro_vae.graph.lower import lower
 from pyro_vae.inference.handlers import Site, Trace, latent_sites
 from pyro_vae.inference.matching import kind_of
 
-__all__ = ["Space", "State", "Target", "compiled_target", "mix"]
+__all__ = ["Space", "State", "Target", "bounds_of", "compiled_target", "mix", "supports_of"]
+
+# Real to torch, but their densities repeat.
+_PERIODIC = {"VonMises", "SineBivariateVonMises", "SineSkewed"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ Target = Callable[[Tensor, Arguments], State]
 
 def mix(beta: float, of_q: Tensor, of_p: Tensor) -> Tensor:
     """(1 - beta) times what belongs to the guide plus beta times what belongs to the model."""
-    return torch.lerp(of_q, of_p, beta)
+    if beta == 1.0:
+        return of_p  # wherever the guide may be infinite
+    return torch.add((1.0 - beta) * of_q, of_p, alpha=beta)
 
 
 class Space:
@@ -72,26 +77,33 @@ class Space:
     Args:
         pair: The pair on the block, at rest.
         chains: Number of chains.
+        supports: The support of each latent, from ``supports_of``.
 
     Attributes:
         dim: Number of unconstrained dimensions D.
 
     Raises:
-        ValueError: A latent is discrete, fixed to a value, or on a curved space, or the guide's
-            support is another than the prior's; the message names the site.
+        ValueError: The guide can't score values that it has not drawn.
     """
 
-    def __init__(self, pair: Pair, chains: int) -> None:
+    def __init__(self, pair: Pair, chains: int, supports: dict[str, Any]) -> None:
         self.pair, self.chains = pair, chains
         self.template, _ = pair.draw(pair.args, chains)
         self._parts: list[_Part] = []
         start = 0
-        supports = check_continuous(pair)
         for name, site in latent_sites(self.template):
             part = _Part(name, site, supports[name], pair, start)
             self._parts.append(part)
             start = part.stop
         self.dim = start
+        try:
+            pair.score_guide(pair.args, self.unflat(self.flat(self.template))[0], chains)
+        except Exception as error:
+            raise ValueError(
+                f"the guide can't score values that it has not drawn ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}), as a flow "
+                "without an inverse can't; start from pv.from_prior(model)."
+            ) from error
 
     def flat(self, trace: Trace) -> Tensor:
         """The latents of a trace as vectors (chains, n, D)."""
@@ -118,7 +130,7 @@ class Space:
                 log_q.sum(), u, retain_graph=True, materialize_grads=True
             )
             (grad_p,) = torch.autograd.grad(log_p.sum(), u, materialize_grads=True)
-        return State(u, *(t.detach() for t in (log_q, log_p, grad_q, grad_p)))
+        return State(u.detach(), *(t.detach() for t in (log_q, log_p, grad_q, grad_p)))
 
 
 class _Part:
@@ -150,20 +162,28 @@ class _Part:
         return value, log_det.reshape(*log_det.shape[:2], -1).sum(-1)
 
 
-def check_continuous(pair: Pair) -> dict[str, Any]:
+def supports_of(pair: Pair) -> dict[str, Any]:
     """The support of each latent, where all can be moved along gradients.
 
     Raises:
-        ValueError: See ``Space``.
+        ValueError: A latent is discrete, fixed to a value, masked, periodic or on a curved space,
+            its support depends on other latents, or the guide's support is another than the
+            prior's; the message names the site.
     """
-    in_model = dict(latent_sites(pair.structure.model_trace))
+    drawn, _ = pair.draw(pair.args, 2)  # two, so that bounds that depend on latents differ
+    in_model = dict(latent_sites(pair.replayed(pair.args, drawn, 2)))
     supports = {}
-    for name, site in latent_sites(pair.structure.guide_trace):
+    for name, site in latent_sites(drawn):
         guide, prior = site["fn"], in_model[name]["fn"]
         if kind_of(guide) == "Delta":
             raise ValueError(
                 f"site {name!r}: the guide gives it a fixed value (Delta), so there is no density "
                 "to start from; give it a distribution, or start from pv.from_prior(model)."
+            )
+        if any(_is_masked(each["mask"]) for each in (site, in_model[name])):
+            raise ValueError(
+                f"site {name!r} is masked, and nothing holds the masked dimensions where they are; "
+                "use log_evidence."
             )
         support = _of_one(prior.support)
         if support.is_discrete:
@@ -172,6 +192,12 @@ def check_continuous(pair: Pair) -> dict[str, Any]:
                 "gradients. Mark it for enumeration in the model and leave it out of the guide, so "
                 "that it is summed out; or use log_evidence, which holds for any latents."
             )
+        periodic = next((kind_of(d) for d in (prior, guide) if kind_of(d) in _PERIODIC), None)
+        if periodic is not None:
+            raise ValueError(
+                f"site {name!r}: {periodic} is a density of angles, and chains would leave its one "
+                "period; use log_evidence."
+            )
         try:
             biject_to(support)
         except NotImplementedError:
@@ -179,7 +205,7 @@ def check_continuous(pair: Pair) -> dict[str, Any]:
                 f"site {name!r}: no map from the reals to the support {support} of "
                 f"{kind_of(prior)} is known, which Hamiltonian moves need; use log_evidence."
             ) from None
-        if _bounds(support) != _bounds(_of_one(guide.support)):
+        if bounds_of(name, support) != bounds_of(name, _of_one(guide.support)):
             raise ValueError(
                 f"site {name!r}: the guide's {kind_of(guide)} is over {guide.support}, the prior "
                 f"({kind_of(prior)}) over {support}: chains that start from the guide would never "
@@ -189,6 +215,10 @@ def check_continuous(pair: Pair) -> dict[str, Any]:
     return supports
 
 
+def _is_masked(mask: Any) -> bool:
+    return mask is False or (isinstance(mask, Tensor) and not bool(mask.all()))
+
+
 def _of_one(support: Any) -> Any:
     """The support of a mixture's components, for which maps from the reals are known."""
     while isinstance(support, constraints.MixtureSameFamilyConstraint):
@@ -196,7 +226,7 @@ def _of_one(support: Any) -> Any:
     return support
 
 
-def _bounds(support: Any) -> Any:
+def bounds_of(name: str, support: Any) -> Any:
     """What tells one support from another: its kind and its bounds, without event dimensions.
 
     Raises:
@@ -205,17 +235,18 @@ def _bounds(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     bounds = []
-    for name, value in sorted(vars(support).items()):
+    for key, value in sorted(vars(support).items()):
         if isinstance(value, Tensor):
-            if value.numel() > 1 and not (value == value.reshape(-1)[0]).all():
+            if not (value == value.reshape(-1)[0]).all():
                 raise ValueError(
-                    f"the support {support} of a latent has bounds that differ among data or "
-                    "particles, which Hamiltonian moves can't follow; use log_evidence."
+                    f"site {name!r}: the bounds of its support differ among data or depend on "
+                    "other latents, which Hamiltonian moves can't follow; use log_evidence."
                 )
             value = value.reshape(-1)[0].item()
-        bounds.append((name, value))
-    kind = "real" if support in (constraints.real, constraints.real_vector) else None
-    return kind or (type(support).__name__, tuple(bounds))
+        bounds.append((key, value))
+    if support in (constraints.real, constraints.real_vector):
+        return "real"
+    return type(support).__name__.removesuffix("Eq"), tuple(bounds)  # an end has no mass
 
 
 def compiled_target(space: Space) -> Target:

@@ -1,0 +1,80 @@
+"""What bounds from both sides refuse, and what their errors mean."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import LinearGaussian
+from torch import Tensor
+
+import pyro_vae as pv
+
+
+def guide(x: Tensor, *_: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+
+def shifted(x: Tensor, shift: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z + shift, 0.5), obs=x)
+
+
+def test_an_argument_that_only_equals_the_data_stays():
+    zeros = torch.zeros(4)
+    bounds = pv.bidirectional(shifted, guide, zeros, zeros.clone(), temperatures=3)
+    simulated, shift = bounds.data
+    assert torch.equal(shift, zeros)
+    assert not torch.equal(simulated, zeros)
+
+
+def test_which_of_two_equal_arguments_is_observed_has_to_be_known():
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=1.0 * x)
+
+    with pytest.raises(ValueError, match=r"equals the arguments \[0, 1\]"):
+        pv.bidirectional(model, guide, torch.ones(4), torch.ones(4))
+
+
+def test_a_model_that_computes_with_what_it_observes_is_refused():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            first = pyro.sample("first", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("other", dist.Normal(first - x, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="argument 0: the model computes with a value"):
+        pv.bidirectional(model, guide, torch.randn(4), temperatures=1)
+
+
+def test_a_factor_says_nothing_of_how_data_come_about():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            pyro.factor("more", -z.square())
+
+    with pytest.raises(ValueError, match=r"'more' is a pyro\.factor"):
+        pv.bidirectional(model, guide, torch.randn(4))
+
+
+def test_the_error_of_the_mean_gap_is_its_scatter():
+    """Few temperatures: chains that begin together agree, and the gap scatters all the same."""
+    pair = LinearGaussian.random(dim=10, latent_dim=5)
+
+    def wide(x: Tensor) -> None:
+        pair.guide(x, 3.0)
+
+    options: dict[str, Any] = {"num_chains": 8, "temperatures": 4, "leapfrog_steps": 1}
+    found = [
+        pv.bidirectional(pair.model, wide, torch.zeros(60, 10).double(), seed=seed, **options)
+        for seed in range(12)
+    ]
+    means = torch.tensor([bounds.mean_gap for bounds in found])
+    claimed = torch.tensor([bounds.mean_standard_error for bounds in found]).mean()
+    assert 0.5 < means.std() / claimed < 1.7
