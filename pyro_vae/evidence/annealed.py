@@ -82,7 +82,7 @@ def ais(
         >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
         >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
         >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
-        >>> estimate = pv.ais(model, guide, torch.ones(7, 9), num_chains=4, temperatures=20)
+        >>> estimate = pv.ais(model, guide, torch.ones(7, 9), num_chains=4, temperatures=9)
         >>> estimate.value.shape, estimate.mean < 0
         (torch.Size([7]), True)
     """

@@ -124,7 +124,8 @@ def bidirectional(
         >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
         >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
         >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
-        >>> bounds = pv.bidirectional(model, guide, torch.ones(7, 9), temperatures=20)
+        >>> x = torch.ones(7, 9)
+        >>> bounds = pv.bidirectional(model, guide, x, temperatures=10, leapfrog_steps=2)
         >>> bounds.gap.shape, abs(bounds.mean_gap) < 0.5
         (torch.Size([7]), True)
     """

@@ -86,7 +86,7 @@ def reciprocal_evidence(
         >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
         >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
         >>> x = torch.ones(3, 9)
-        >>> estimate = pv.reciprocal_evidence(model, guide, x, num_draws=50)
+        >>> estimate = pv.reciprocal_evidence(model, guide, x, num_draws=30, leapfrog_steps=2)
         >>> exact = pv.log_evidence(model, guide, x, num_particles=2000)
         >>> abs(estimate.mean - exact.mean) < 0.1
         True
