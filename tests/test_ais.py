@@ -15,7 +15,7 @@ from weights import WEIGHABLE
 import pyro_vae as pv
 from pyro_vae.evidence import target
 from pyro_vae.evidence.particles import Pair
-from pyro_vae.evidence.road import resting, sigmoid_schedule
+from pyro_vae.evidence.path import resting, sigmoid_schedule
 
 # --- exact values
 

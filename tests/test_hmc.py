@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.hmc import Kinetics, leapfrog, move, tune
 from pyro_vae.evidence.particles import Pair
-from pyro_vae.evidence.road import resting
+from pyro_vae.evidence.path import resting
 from pyro_vae.evidence.target import Space, State, mix, supports_of
 
 
@@ -95,7 +95,7 @@ def test_the_error_of_the_energy_falls_as_the_square_of_the_step(pair):
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_moves_leave_their_density_invariant(pair, beta):
-    """Between two normals every density of the road is normal: its mean and covariance."""
+    """Between two normals every density of the path is normal: its mean and covariance."""
     x = pair.sample(2)
     p, q = pair.posterior(x), pair.posterior(x, 1.3)
     precision = beta * p.precision_matrix + (1 - beta) * q.precision_matrix

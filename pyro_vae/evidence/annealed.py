@@ -1,6 +1,6 @@
 r"""Annealed importance sampling of any model and guide.
 
-From the guide to the posterior leads a road of densities,
+From the guide to the posterior leads a path of densities,
 :math:`f_t \propto q(z|x)^{1 - \beta_t}\, p(x, z)^{\beta_t}`, with
 :math:`0 = \beta_0 < \dots < \beta_T = 1`. A chain starts from the guide, moves in each density by
 Hamiltonian Monte Carlo, and collects a weight,
@@ -8,7 +8,7 @@ Hamiltonian Monte Carlo, and collects a weight,
 .. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1})
           \log \frac{p(x, z_{t-1})}{q(z_{t-1}|x)}, \qquad \mathbb E[w] = p(x).
 
-Step sizes and scales are found in a pilot run, for each datum and along the road, and then held:
+Step sizes and scales are found in a pilot run, for each datum and along the path, and then held:
 the average above is exact for any moves that were chosen without looking at the chains.
 
 References: Neal, "Annealed importance sampling" (2001); Wu, Burda, Salakhutdinov and Grosse, "On
@@ -25,7 +25,7 @@ from pyro_vae.evidence.blocks import check_options, data_blocks
 from pyro_vae.evidence.chains import ChainEstimate, Tally
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.particles import Pair
-from pyro_vae.evidence.road import Road, Targets, chain_blocks, check_plan
+from pyro_vae.evidence.path import AnnealingPath, Targets, chain_blocks, check_plan
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
@@ -96,8 +96,8 @@ def ais(
             pair = Pair(model, guide, block, data_plate)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
-        road = Road(pair, targets, plan, index, pilot)
-        tally.add([road.up(chains, number, progress) for number, chains in enumerate(sizes)])
+        path = AnnealingPath(pair, targets, plan, index, pilot)
+        tally.add([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
     return tally.estimate(
         fingerprint(args),
         "annealed importance sampling",

@@ -1,6 +1,6 @@
 r"""Bounds on log p(x) from both sides, where draws of the posterior are known: simulated data.
 
-The road of ``ais`` can be walked backwards. From an exact draw of the posterior the weights satisfy
+The path of ``ais`` can be walked backwards. From an exact draw of the posterior the weights satisfy
 
 .. math:: \mathbb E\Big[\frac1w\Big] = \frac1{p(x)}, \qquad
           \mathbb E\Big[-\log\frac1K\sum_k \frac1{w_k}\Big] \ge \log p(x),
@@ -28,7 +28,7 @@ from pyro_vae.evidence.blocks import check_options, data_blocks
 from pyro_vae.evidence.chains import ChainEstimate, Tally
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.particles import Arguments, Pair
-from pyro_vae.evidence.road import Road, Targets, chain_blocks, check_plan
+from pyro_vae.evidence.path import AnnealingPath, Targets, chain_blocks, check_plan
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program, Trace, in_particles, sample_sites
@@ -144,12 +144,12 @@ def bidirectional(
         simulated.append(block)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
-        road = Road(pair, targets, plan, index, pilot)
-        lower.add([road.up(chains, number, progress) for number, chains in enumerate(sizes)])
+        path = AnnealingPath(pair, targets, plan, index, pilot)
+        lower.add([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
         space, _ = targets(pair, sizes[0])
         u = space.flat(exact)
         down = [
-            road.down(u.expand(chains, -1, -1).contiguous(), number, progress)
+            path.down(u.expand(chains, -1, -1).contiguous(), number, progress)
             for number, chains in enumerate(sizes)
         ]
         upper.add(down)

@@ -25,7 +25,7 @@ from pyro_vae.evidence.annealed import ais
 from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import log_evidence
-from pyro_vae.evidence.road import check_plan
+from pyro_vae.evidence.path import check_plan
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program

@@ -166,7 +166,7 @@ def tune(
         for trial in range(trials):
             result = move(target, args, state, beta, Kinetics(log_step.exp(), scale), count)
             state = result.state
-            # Large at first; then a small one, that follows the density along the road.
+            # Large at first; then a small one, that follows the density along the path.
             gain = max(_GAIN, 1.0 / (1 + trial)) if number == 0 else _GAIN
             log_step = log_step + gain * (result.acceptance.mean(0) - acceptance)
             visited.append(state.u)

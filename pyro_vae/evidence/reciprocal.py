@@ -27,7 +27,7 @@ from pyro_vae.evidence.chains import ChainEstimate, Tally, Walk
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.hmc import move, tune
 from pyro_vae.evidence.particles import Pair
-from pyro_vae.evidence.road import Plan, Targets, check_plan, resting
+from pyro_vae.evidence.path import Plan, Targets, check_plan, resting
 from pyro_vae.evidence.target import State
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size

@@ -1,4 +1,4 @@
-r"""The road between a guide and a posterior, and chains that walk it in both directions.
+r"""The path between a guide and a posterior, and chains that walk it in both directions.
 
 Along :math:`f_t \propto q(z|x)^{1 - \beta_t}\, p(x, z)^{\beta_t}` a chain
 :math:`z_0, \dots, z_{T-1}` collects
@@ -37,10 +37,18 @@ from pyro_vae.graph.work import WORTH_COMPILING, Work
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 
-__all__ = ["Plan", "Road", "Targets", "chain_blocks", "check_plan", "resting", "sigmoid_schedule"]
+__all__ = [
+    "AnnealingPath",
+    "Plan",
+    "Targets",
+    "chain_blocks",
+    "check_plan",
+    "resting",
+    "sigmoid_schedule",
+]
 
 CHAIN_BLOCK = {"cpu": 16, "cuda": 128}
-# The pilot run: so many places along the road, and moves at each.
+# The pilot run: so many places along the path, and moves at each.
 _PLACES, _MOVES = 40, 5
 
 Progress = Callable[[int], object]
@@ -69,7 +77,7 @@ class Plan:
 
     @property
     def places(self) -> int:
-        """Number of places along the road at which the pilot run stops."""
+        """Number of places along the path at which the pilot run stops."""
         return min(_PLACES, -(-self.moves // 5))
 
     @property
@@ -208,8 +216,8 @@ class Targets:
             return space.state
 
 
-class Road:
-    """The road of one block of data, after its pilot run.
+class AnnealingPath:
+    """The path of one block of data, after its pilot run.
 
     Args:
         pair: The pair on the block.
