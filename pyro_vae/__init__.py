@@ -38,6 +38,7 @@ from pyro_vae.runs.compare import RunComparison, compare_runs
 from pyro_vae.runs.evaluate import evaluate_run
 from pyro_vae.runs.fit import History, fit
 from pyro_vae.runs.load import load
+from pyro_vae.runs.results import Results
 from pyro_vae.runs.swaps import compare_swaps
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "Model",
     "Nats",
     "PredictiveEstimate",
+    "Results",
     "ReweightedWakeSleep",
     "RunComparison",
     "Split",

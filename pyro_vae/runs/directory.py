@@ -28,7 +28,7 @@ import numpy as np
 import pyro
 import torch
 
-__all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "machine", "versions"]
+__all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "finite", "machine", "versions"]
 
 CHECKPOINT_FORMAT = 1
 
@@ -98,7 +98,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; NaN and infinities become null."""
-        text = json.dumps(_finite(value), indent=1, allow_nan=False)
+        text = json.dumps(finite(value), indent=1, allow_nan=False)
         with atomically(self.path / name) as file:
             file.write(text.encode() + b"\n")
 
@@ -117,7 +117,7 @@ class Run:
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl``, one line an epoch."""
-        lines = (json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)
+        lines = (json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
         with atomically(self.path / "metrics.jsonl") as file:
             file.write("".join(lines).encode())
 
@@ -261,11 +261,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"processor": name, "cores": cores, "device": str(device)}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value of JSON, with None in the place of NaN and infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
