@@ -113,6 +113,25 @@ def test_swaps_are_trained_judged_and_gone_on_with(tmp_path, monkeypatch):
         pv.compare_swaps(swaps(), other, out=tmp_path, **{**options, "epochs": 3})
 
 
+def test_swaps_that_the_clock_stops_are_judged_as_they_are_and_gone_on_with(tmp_path, monkeypatch):
+    data = pv.load_data({"train": X.numpy(), "valid": X[:10].numpy(), "test": X[:20].numpy()})
+    options: Any = {"epochs": 2, "batch_size": 20, "num_particles": 5, "progress": False}
+    whole = pv.compare_swaps(swaps(), data, out=tmp_path / "whole", **options)
+    options |= {"out": tmp_path / "cut", "max_seconds": 1e-9}
+    first = pv.compare_swaps(swaps(), data, **options)
+    assert [row["epochs"] for row in first.rows] == [1, 1]
+    # One is killed when it has trained on, and not yet judged again what it has now.
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae.runs.swaps.evaluate_run", None)
+        with pytest.raises(TypeError):
+            pv.compare_swaps(swaps(), data, **options)
+    second = pv.compare_swaps(swaps(), data, **options)
+    assert [row["epochs"] for row in second.rows] == [2, 2]
+    for name, estimate in whole.estimates.items():
+        assert torch.equal(second.estimates[name].value, estimate.value)
+        assert not torch.equal(first.estimates[name].value, estimate.value)
+
+
 def test_names_that_are_one_folder_are_refused(tmp_path):
     data = pv.load_data({"train": X.numpy(), "valid": X.numpy(), "test": X.numpy()})
     pair = {"a b": bernoulli_pair, "A-B": bernoulli_pair}

@@ -189,6 +189,16 @@ def test_a_callback_sees_every_record_and_stops_by_returning_true():
     assert history.stopped == "callback"
 
 
+@pytest.mark.parametrize("pictures", [True, False])
+def test_pictures_are_drawn_unless_they_are_not_wanted(pictures, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pyro_vae.runs.fit.draw_run", lambda run, *pair: drawn.append(run.path))
+    fit(*bernoulli_pair(), bits(60), epochs=1, out=tmp_path, pictures=pictures)
+    assert drawn == [tmp_path] * pictures
+    kept = {"config.json", "metrics.jsonl", "checkpoint.pt", "examples.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_an_epoch_visits_every_row_once_in_a_new_order_with_its_partners():
     numbers = torch.arange(50.0)
     seen: list[list[tuple[float, float]]] = [[]]

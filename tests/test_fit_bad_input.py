@@ -115,6 +115,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "patience": ({"patience": 3}, ValueError, "^patience: .*give valid="),
     "epochs": ({"epochs": 0}, ValueError, "^epochs: expected at least 1, got 0"),
+    "no time": ({"max_seconds": 0.0}, ValueError, "^max_seconds: expected more than 0 .* got 0"),
+    "unknown time": ({"max_seconds": float("nan")}, ValueError, "^max_seconds: .* got nan"),
     "weight": ({"kl_weight": -1.0}, ValueError, "^kl_weight: expected weights >= 0, got -1"),
     "clipping": ({"max_grad_norm": 0.0}, ValueError, "expected max_grad_norm > 0"),
     "optimizer": (

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -180,6 +181,61 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_saved_run_whole(tmp_path, 
     start(pieces_case, whole, epochs=3)
     start(pieces_case, out, seed=1, epochs=3, resume=True)
     assert same(state(whole), state(out))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_the_clock_stops_goes_on_as_if_it_never_had(case, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    history, reached = start(case, whole, epochs=3, max_seconds=1e6)
+    assert history.stopped == "epochs"
+    for number in range(2):  # every call trains for an epoch, however little time it has
+        part, _ = start(case, cut, number, epochs=3, resume=number > 0, max_seconds=1e-9)
+        assert part.stopped == "time"
+        assert len(part.records) == len(state(cut)["records"]) == number + 1
+    resumed, reached_again = start(case, cut, 2, epochs=3, resume=True, max_seconds=1e-9)
+    assert resumed.stopped == "epochs"
+    assert same(state(whole), state(cut))
+    assert same(reached, reached_again)
+    assert same(history.records, resumed.records)
+
+
+def test_the_clock_is_that_of_the_call(tmp_path):
+    options = {"callbacks": [lambda record: time.sleep(0.1)], "max_seconds": 0.25}
+    first, _ = start(params_case, tmp_path / "run", epochs=99, **options)
+    again, _ = start(params_case, tmp_path / "run", epochs=99, resume=True, **options)
+    assert first.stopped == again.stopped == "time"
+    assert 1 <= len(first.records) <= 3
+    assert 1 <= len(again.records) - len(first.records) <= 3
+
+
+def test_a_run_that_was_killed_before_its_first_epoch_was_saved_begins_anew(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    history, reached = start(pieces_case, whole, epochs=2)
+
+    def killed(*args: Any) -> None:
+        raise SystemExit(9)
+
+    for method, lines in (("write_metrics", 0), ("save_checkpoint", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, method, killed)
+            with pytest.raises(SystemExit):
+                start(pieces_case, cut, epochs=2, resume=lines > 0)
+        assert len(Run(cut).read_metrics()[0]) == lines
+        assert not (cut / "checkpoint.pt").exists()
+    resumed, reached_again = start(pieces_case, cut, seed=1, epochs=2, resume=True)
+    assert same(state(whole), state(cut))
+    assert same(reached, reached_again)
+    assert same(history.records, resumed.records)
+
+
+def test_a_run_that_has_lost_its_checkpoint_does_not_begin_anew(tmp_path):
+    out = tmp_path / "run"
+    start(params_case, out, epochs=2)
+    (out / "checkpoint.pt").unlink()
+    metrics = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt does not exist"):
+        start(params_case, out, epochs=3, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_early_stopping_counts_on_in_a_resumed_run(tmp_path):

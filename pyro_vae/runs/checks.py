@@ -22,6 +22,7 @@ def check_options(
     epochs: int,
     batch_size: int,
     patience: int | None,
+    max_seconds: float | None,
     optimizer: Any,
     *,
     resume: bool,
@@ -31,6 +32,8 @@ def check_options(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds: expected more than 0 seconds, got {max_seconds}.")
     if resume and out is None:
         raise ValueError("resume: say with out= which run directory to go on with.")
     if isinstance(optimizer, Optimizer | PyroOptim) or not (

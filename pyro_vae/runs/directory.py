@@ -96,6 +96,12 @@ class Run:
             )
         return config
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether training has come so far that there has to be a checkpoint."""
+        # Metrics are written first, and the first epoch's with a checkpoint.
+        return (self.path / "checkpoint.pt").exists() or len(self.read_metrics()[0]) > 1
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; NaN and infinities become null."""
         text = json.dumps(finite(value), indent=1, allow_nan=False)

@@ -105,6 +105,7 @@ def evaluate_run(
         **_figures(estimate, data),
         "fingerprint": estimate.data,
         "num_particles": num_particles,
+        "epochs": len(folder.read_metrics()[0]),
         "seed": seed,
         "seconds": time.perf_counter() - started,
         "machine": machine(target),

@@ -40,7 +40,7 @@ class History:
             ``learning_rate`` and ``seconds``; NaN where something is unknown.
         best_epoch: The epoch of the best validation bound, whose parameters the pair has now;
             None without validation data.
-        stopped: Why training ended: "epochs", "patience" or "callback".
+        stopped: Why training ended: "epochs", "patience", "callback" or "time".
         run: The run directory, if any.
     """
 
@@ -69,12 +69,14 @@ def fit(
     kl_weight: float | Callable[[int], float] = 1.0,
     max_grad_norm: float | None = None,
     patience: int | None = None,
+    max_seconds: float | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device = "auto",
     compile: Compile = "auto",
     callbacks: Sequence[Callable[[Record], object]] = (),
     notes: Mapping[str, Any] | None = None,
+    pictures: bool = True,
     progress: bool = True,
 ) -> History:
     """Train a model and a guide by stochastic variational inference.
@@ -105,8 +107,11 @@ def fit(
         max_grad_norm: Clip the norm of the gradient of the summed loss.
         patience: Stop after so many epochs without a better validation bound, once the KL weight
             has reached its last value.
+        max_seconds: Stop after the epoch in which this call has trained for so long, compiling and
+            validating included; ``resume=True`` goes on, as if it had never stopped.
         out: The run directory to make.
-        resume: Go on with the run in ``out``; the pair, the data and the options have to be those
+        resume: Go on with the run in ``out``, from its beginning if it was killed before its first
+            epoch was saved; the pair, the data and the options have to be those
             with which it was started (``epochs`` may grow).
         device: "auto" (a GPU where there is one and both programs are modules), "cpu", "cuda"...
         compile: Compile the step (see ``SVI``); "auto" does so before training where counted
@@ -114,6 +119,8 @@ def fit(
         callbacks: Called with the record of each epoch; one that returns True stops training.
         notes: Kept in ``config.json`` under "notes" as they are: what you want to know of the run
             later; JSON values.
+        pictures: Draw the run's pictures and its report when training is done; without them a sweep
+            of many short runs is faster.
         progress: Show a bar on a terminal, lines elsewhere (on standard error).
 
     Returns:
@@ -135,7 +142,7 @@ def fit(
         >>> len(history["elbo"])
         3
     """
-    check_options(epochs, batch_size, patience, optimizer, resume=resume, out=out)
+    check_options(epochs, batch_size, patience, max_seconds, optimizer, resume=resume, out=out)
     if isinstance(data, Split) and valid is not None:
         raise ValueError("valid: a Split has its own validation part; leave valid= out.")
     train = as_tuple(data.train if isinstance(data, Split) else data, "data")
@@ -210,12 +217,22 @@ def fit(
             config = run_config(model, guide, data, svi, options, dict(notes or {}))
             if resume:
                 config = continued(run.config, config)
-                loop.load_state_dict(run.load_checkpoint(target))
+                if run.has_begun:
+                    loop.load_state_dict(run.load_checkpoint(target))
             else:
                 write_examples(run, data, train, validation)
             run.write_json("config.json", config)
         bound = "ELBO" if not isinstance(data, Split) or data.is_density else "score"
-        stopped = train_loop(loop, run, epochs, patience, callbacks, bound=bound, shown=progress)
+        stopped = train_loop(
+            loop,
+            run,
+            callbacks,
+            epochs=epochs,
+            patience=patience,
+            max_seconds=max_seconds,
+            bound=bound,
+            shown=progress,
+        )
         loop.restore_best()
     history = History(
         records=[dict(record) for record in loop.records],
@@ -223,7 +240,7 @@ def fit(
         stopped=stopped,
         run=None if run is None else run.path,
     )
-    if run is not None:
+    if run is not None and pictures:
         try:
             draw_run(run, model, guide)
         except Exception as error:  # a picture must never cost a training

@@ -31,7 +31,9 @@ def compare_swaps(
 
     Each swap has a run directory of its own below ``out``. A call that was stopped goes on where it
     stopped: what was trained is resumed, with the checks of ``fit``, and what was judged as it is
-    now is not judged again.
+    now is not judged again. With ``max_seconds=`` each swap trains for so long and is judged as it
+    is then; the next call goes on with those that have epochs left and judges them anew, and the
+    column ``epochs`` says how far each has come.
 
     Args:
         swaps: From a name to a function that makes the pair, called under
@@ -43,7 +45,7 @@ def compare_swaps(
         seed: Seed of initial weights, training and particles.
         device: "auto", "cpu", "cuda"...
         progress: Show bars on a terminal, lines elsewhere.
-        options: Of ``fit``, for all: ``epochs``, ``batch_size``, ``loss``, ``optimizer``...
+        options: Of ``fit``, for all: ``epochs``, ``batch_size``, ``loss``, ``max_seconds``...
 
     Returns:
         The comparison. Print it.
@@ -119,12 +121,11 @@ def _judged(folder: Path, num_particles: int, seed: int) -> int | None:
     """After how many epochs a run was judged in this way; None if it was not."""
     if not (folder / "evidence.json").is_file():
         return None
-    run = Run(folder)
-    summary = run.read_json("evidence.json")
+    summary = Run(folder).read_json("evidence.json")
     if (summary["num_particles"], summary["seed"], summary["part"]) != (
         num_particles,
         seed,
         "test",
     ):
         return None
-    return len(run.read_metrics()[0])
+    return summary.get("epochs")  # not what metrics say: a call may have died between the two

@@ -21,25 +21,28 @@ __all__ = ["train"]
 def train(
     loop: Loop,
     run: Run | None,
-    epochs: int,
-    patience: int | None,
     callbacks: Sequence[Callable[[Record], object]],
     *,
+    epochs: int,
+    patience: int | None,
+    max_seconds: float | None,
     bound: str,
     shown: bool,
 ) -> str:
-    """Run epochs until the end, a callback or patience stops them; returns which.
+    """Run epochs until the end, patience, a callback or the clock stops them; returns which.
 
     Args:
         loop: The state of training.
         run: The run directory, or None.
+        callbacks: Called with each record; one that returns True stops training.
         epochs: Number of epochs in all.
         patience: Epochs without a better validation bound, or None.
-        callbacks: Called with each record; one that returns True stops training.
+        max_seconds: Stop after the epoch in which this call has run for so long, or None.
         bound: What the bound is called in the log: "ELBO", or "score" where it is none.
         shown: Whether progress is shown.
     """
     saver = _Saver(loop, run)
+    end = math.inf if max_seconds is None else time.monotonic() + max_seconds
     total, done = epochs * loop.steps_per_epoch, loop.epoch * loop.steps_per_epoch + loop.step
     bar = Progress(total, what="step", label="training", shown=shown, done=done)
     try:
@@ -63,6 +66,8 @@ def train(
                 for callback in callbacks:
                     asked_to_stop |= callback(dict(record)) is True
                 reason = "callback" if asked_to_stop else _reason_to_stop(loop, epochs, patience)
+                if reason is None and time.monotonic() >= end:
+                    reason = "time"
                 saver.save(final=reason is not None)
                 if interrupted.is_set():
                     break
