@@ -85,7 +85,12 @@ def judge(run: Path, x: Tensor, args: argparse.Namespace) -> list[dict[str, Any]
         "importance weighting",
         f"{args.num_particles} particles",
         lambda: pv.evaluate_run(
-            run, num_particles=args.num_particles, limit=len(x), seed=args.seed, progress=False
+            run,
+            num_particles=args.num_particles,
+            budget=0.0,
+            limit=len(x),
+            seed=args.seed,
+            progress=False,
         ),
     )
     rows.note(weighted.mean, weighted.mean_standard_error, untrusted=weighted.untrusted)

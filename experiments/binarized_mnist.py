@@ -79,6 +79,7 @@ def main() -> None:
         args.out,
         data=data,
         num_particles=args.num_particles,
+        budget=0.0,  # as the published figures are
         seed=args.seed,
         device=args.device,
     )

@@ -132,7 +132,7 @@ def main() -> None:
         return model, guide, history
 
     model, _, history = train(hidden=False, out=args.out)
-    given = pv.evaluate_run(args.out, data=test, num_particles=args.num_particles)
+    given = pv.evaluate_run(args.out, data=test, num_particles=args.num_particles, budget=0.0)
     picture(model, args.out / "digits.png")
     blind_model, blind_guide, blind_history = train(hidden=True, out=None)
     blind = pv.log_evidence(blind_model, blind_guide, *test, num_particles=args.num_particles)

@@ -62,7 +62,7 @@ def main() -> None:
         out=args.out,
         device=args.device,
     )
-    estimate = pv.evaluate_run(args.out, num_particles=args.num_particles, device=args.device)
+    found = pv.evaluate_run(args.out, num_particles=args.num_particles, device=args.device)
     evidence = json.loads((args.out / "evidence.json").read_text())
     results = {
         "title": "The digits of scikit-learn: `make demo`",
@@ -74,7 +74,7 @@ def main() -> None:
             "warmed up over 20 epochs, stopped after 60 epochs without a better validation bound, "
             "parameters of the best",
             "evaluation": f"importance weighting with the guide, {args.num_particles} particles "
-            "per datum",
+            "per datum, and for as much again annealing of data that it can't be trusted for",
         },
         "num_train": len(data.train),
         "num_test": evidence["num_data"],
@@ -86,11 +86,7 @@ def main() -> None:
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"best validation ELBO: {max(history['valid_elbo']):.3f}, epoch {history.best_epoch}")
-    print(f"test ELBO:            {estimate.elbo.mean():.3f} nats per image")
-    print(
-        f"test log-evidence:    {estimate.mean:.3f} nats per image, standard error "
-        f"{estimate.mean_standard_error:.3f} (estimator), {estimate.sampling_error:.2f} (test set)"
-    )
+    print(found)
     print(f"pictures and report:  {args.out / 'report.html'}")
 
 

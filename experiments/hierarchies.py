@@ -220,7 +220,7 @@ def main() -> None:
             print(f"{name}: expected, {sentence}")
         if name == main_run:
             estimate = pv.evaluate_run(
-                args.out, model=model, guide=guide, num_particles=args.num_particles
+                args.out, model=model, guide=guide, num_particles=args.num_particles, budget=0.0
             )
             picture(model, guide, data.test[:10], args.out / "layers.png")
         else:

@@ -199,6 +199,7 @@ def main() -> None:
         model=model,
         guide=guide,
         num_particles=args.num_particles,
+        budget=0.0,
     )
     picture(model, guide, data.test[:10], args.out / "styles.png")
 

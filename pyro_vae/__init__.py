@@ -7,7 +7,8 @@ from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.compare import Comparison, Comparisons, compare
 from pyro_vae.evidence.elbo_parts import ElboParts
 from pyro_vae.evidence.estimate import Estimate, PredictiveEstimate
-from pyro_vae.evidence.evaluation import Evaluation, evaluate
+from pyro_vae.evidence.evaluate import evaluate
+from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.evidence.gaps import Gaps, gaps
 from pyro_vae.evidence.global_latents import joint_log_weights, log_predictive
 from pyro_vae.evidence.importance import log_evidence, log_weights

@@ -4,7 +4,6 @@ This is the one place where names select pieces; in the library the pieces are p
 """
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -224,9 +223,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         data = pv.load_data(args.data)
         for step, options in run.config["data"]["steps"]:
             data = getattr(data, step)(**options)
-    estimate = pv.evaluate_run(
+    found = pv.evaluate_run(
         args.run,
         num_particles=args.num_particles,
+        budget=args.budget,
+        num_chains=args.num_chains,
+        temperatures=args.temperatures,
+        leapfrog_steps=args.leapfrog_steps,
         part=args.part,
         limit=args.limit,
         data=data,
@@ -236,24 +239,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     summary = run.read_json("evidence.json")
     quantity = summary["quantity"]
-
-    def figure(key: str) -> float:
-        return math.nan if summary[key] is None else summary[key]  # JSON has no NaN
-
-    judged = f"{summary['num_data']} data ({summary['part']})"
-    print(f"{quantity} of {judged}, {estimate.num_particles} particles each")
-    print(
-        f"  {figure('log_evidence'):.3f} nats per datum, +- {figure('mean_standard_error'):.3f} "
-        f"(estimator) +- {figure('sampling_error'):.3f} (test set), bias about "
-        f"{figure('bias'):.3f}"
-    )
+    print(f"{quantity} of {summary['num_data']} data ({summary['part']})")
+    print(found.table("score" if quantity == "score" else "log p(x)"))
     if "bits_per_dim" in summary:
-        print(f"  {figure('bits_per_dim'):.4f} bits per dimension")
-    print(f"  {'bound' if quantity == 'score' else 'ELBO'} {figure('elbo'):.3f}")
-    print(f"  ESS median {figure('ess_median'):.1f}, lowest {figure('ess_min'):.1f}")
-    print(f"  {summary['advice']}")
+        print(f"{summary['bits_per_dim']:.4f} bits per dimension")
+    print(summary["advice"])
     for sentence in summary["preparation"]:
-        print(f"  {sentence}")
+        print(sentence)
     print(f"figures: {run.path / 'evidence.json'}; pictures: {run.path / 'report.html'}")
 
 

@@ -45,15 +45,30 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
 
     _add_train_options(command("train", "train a pair and leave a run directory"))
 
-    evaluate = command("evaluate", "estimate the log-evidence of held-out data")
+    evaluate = command(
+        "evaluate", "estimate the log-evidence of held-out data; goes on if it was stopped"
+    )
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     evaluate.add_argument("--num-particles", type=_positive, default=5000, help="weights per datum")
+    evaluate.add_argument(
+        "--budget",
+        type=_share,
+        default=1.0,
+        help="what annealing the untrusted data may cost, in units of weighting all; 0: none",
+    )
+    evaluate.add_argument("--num-chains", type=_positive, default=16, help="chains per datum")
+    evaluate.add_argument(
+        "--temperatures", type=_positive, default=1000, help="annealing steps of each chain"
+    )
+    evaluate.add_argument(
+        "--leapfrog-steps", type=_positive, default=10, help="leapfrog steps of each move"
+    )
     evaluate.add_argument(
         "--part", choices=("test", "valid", "train", "all"), default="test", help="data"
     )
     evaluate.add_argument("--limit", type=int, help="judge so many data, spread evenly")
     evaluate.add_argument("--data", help="path of the data, where the run can't load them itself")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the particles")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of particles and chains")
     evaluate.add_argument("--compile", **_COMPILE)
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
 
@@ -145,6 +160,16 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1...")
     add("--out", metavar="RUN", help="run directory to make")
     add("--resume", metavar="RUN", help="go on with a run; only --epochs may be given with it")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -330,10 +330,10 @@ def test_a_mistake_is_named_and_the_last_figures_stay(change, match, tmp_path, l
     run = tmp_path / "run"
     fit(*bernoulli_pair(), levels.binarize(), out=run)
     evaluate(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*.*")}
     with pytest.raises(ValueError, match=match):
         evaluate(run, **change)
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*.*")} == before
 
 
 def test_parameters_that_are_nan_are_named_by_the_site(tmp_path):

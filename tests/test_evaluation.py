@@ -1,7 +1,6 @@
 """Weighting where it can be trusted, annealing a sample of the rest: the mean is right."""
 
 import json
-import math
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ def test_what_weighting_can_do_is_left_to_it():
     x = pair.sample(30)
     found = pv.evaluate(pair.model, partial(pair.guide, inflation=1.2), x, num_particles=500)
     assert found.annealed is None
-    assert found.wanted == 0
+    assert found.num_untrusted == 0
     assert found.mean == found.weighted.mean
     assert found.mean_standard_error == pytest.approx(found.weighted.mean_standard_error)
     assert "can be trusted" in str(found)
@@ -38,10 +37,16 @@ def test_a_sample_corrects_the_mean_within_its_error():
     found = pv.evaluate(pair.model, guide, x, num_particles=100, budget=20.0, **CHEAP)
     truth = pair.log_evidence(x).mean().item()
     assert found.weighted.mean < truth - 5 * found.weighted.mean_standard_error
-    assert 2 <= len(found.rows) < found.wanted
+    assert 2 <= len(found.rows) < found.num_untrusted
     assert abs(found.mean - truth) < 4 * found.mean_standard_error
     assert found.mean_standard_error < 0.15
-    assert f"{len(found.rows)} of them were annealed (all with budget=" in found.advice
+    assert f"{len(found.rows)} of them were annealed and stand for the others" in found.advice
+    assert found.value.mean().item() == pytest.approx(found.mean)
+    assert found.annealed is not None
+    lacks = found.annealed.value - found.weighted.value[found.rows]
+    assert found.mean == pytest.approx(
+        found.weighted.mean + found.num_untrusted / 200 * lacks.mean().item()
+    )
 
 
 @pytest.mark.slow
@@ -51,7 +56,7 @@ def test_its_error_is_the_scatter_over_samples():
     options: dict[str, Any] = {"num_particles": 100, "budget": 50.0, **CHEAP}
     truth = pair.log_evidence(x).mean().item()
     found = [pv.evaluate(pair.model, guide, x, seed=seed, **options) for seed in range(20)]
-    assert all(2 <= len(one.rows) < one.wanted for one in found)
+    assert all(2 <= len(one.rows) < one.num_untrusted for one in found)
     z = torch.tensor([(one.mean - truth) / one.mean_standard_error for one in found])
     assert 0.6 < z.square().mean().sqrt() < 1.6
 
@@ -60,31 +65,32 @@ def test_with_budget_enough_every_untrusted_datum_is_annealed():
     pair, guide, x = hard_pair(20)
     found = pv.evaluate(pair.model, guide, x, num_particles=100, budget=1e6, **CHEAP)
     assert found.annealed is not None
-    assert len(found.rows) == found.wanted
+    assert len(found.rows) == found.num_untrusted
     torch.testing.assert_close(found.value[found.rows], found.annealed.value)
     assert found.mean == pytest.approx(found.value.mean().item())
     again = pv.evaluate(
         pair.model, guide, x, num_particles=100, budget=found.budget_for_all, **CHEAP
     )
-    assert len(again.rows) == again.wanted
+    assert len(again.rows) == again.num_untrusted
 
 
 def test_a_budget_that_is_too_small_is_said():
     pair, guide, x = hard_pair(20)
     found = pv.evaluate(pair.model, guide, x, num_particles=100, budget=0.0, **CHEAP)
     assert found.annealed is None
-    assert found.wanted > 0
+    assert found.num_untrusted > 0
     assert "the budget is too small to anneal any" in found.advice
     assert "too low by an unknown amount" in str(found)
 
 
 def test_a_pair_that_can_not_be_annealed_says_so():
     model, guide, (x,) = bernoulli_latents()
-    found = pv.evaluate(model, guide, x, num_particles=8, budget=0.0)
-    assert math.isfinite(found.mean)
-    assert found.wanted
-    with pytest.raises(ValueError, match="'z' is discrete"):
-        pv.evaluate(model, guide, x, num_particles=8, budget=1e9)
+    found = pv.evaluate(model, guide, x, num_particles=8, budget=1e9)
+    assert found.num_untrusted
+    assert found.annealed is None
+    assert found.mean == found.weighted.mean
+    assert "annealing can't be had" in found.advice
+    assert "'z' is discrete" in str(found)
 
 
 def test_every_argument_of_the_data_is_cut_alike():
@@ -101,8 +107,94 @@ def test_figures_go_into_json():
     found = pv.evaluate(pair.model, guide, x, num_particles=50, budget=1e6, **CHEAP)
     figures = json.loads(json.dumps(found.to_dict()))
     assert figures["log_evidence"] == found.mean
-    assert figures["annealed"] == len(found.rows) > 0
+    assert figures["num_annealed"] == len(found.rows) > 0
     assert figures["missing"] == found.missing
+    assert found.annealed is not None
+    assert figures["gradients"] == found.annealed.gradients
+
+
+def test_a_constant_moves_every_figure_alike():
+    pair, guide, x = hard_pair(20)
+    found = pv.evaluate(pair.model, guide, x, num_particles=50, budget=100.0, **CHEAP)
+    assert found.annealed is not None
+    moved = found.plus(-7.0)
+    assert moved.mean == pytest.approx(found.mean - 7)
+    assert moved.weighted.mean == pytest.approx(found.weighted.mean - 7)
+    assert moved.missing == pytest.approx(found.missing)
+    assert moved.mean_standard_error == pytest.approx(found.mean_standard_error)
+
+
+def test_two_models_are_compared_by_what_annealing_corrected():
+    pair, guide, x = hard_pair(200)
+    options: dict[str, Any] = {"num_particles": 100, "budget": 20.0, **CHEAP}
+    corrected = pv.evaluate(pair.model, guide, x, **options)
+    exact = pv.evaluate(pair.model, pair.guide, x, num_particles=100)
+    assert exact.num_untrusted == 0
+    found = pv.compare(exact, corrected)
+    assert abs(found.mean) < 4 * found.estimator_error
+    assert found.mean_standard_error > corrected.shared_error > 0
+    weighing_only = pv.evaluate(pair.model, guide, x, num_particles=100, budget=0.0)
+    with pytest.raises(ValueError, match=r"by weighting, and annealing where it fails, the other"):
+        pv.compare(exact, weighing_only)
+
+
+TINY: dict[str, Any] = {"num_chains": 4, "temperatures": 6, "leapfrog_steps": 1}
+
+
+class Dying(dict[str, Tensor]):
+    """Keeps so many blocks, and then the process is killed."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.left = blocks
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if self.left == 0 and not key.endswith("probe"):
+            raise KeyboardInterrupt
+        self.left -= not key.endswith("probe")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_killed_evaluation_goes_on_where_it_stopped(after):
+    """250 data: three blocks are weighed, and then some are annealed."""
+    pair, guide, x = hard_pair(250)
+    options: dict[str, Any] = {"num_particles": 50, "budget": 1e6, **TINY}
+    never_stopped = pv.evaluate(pair.model, guide, x, **options)
+    assert len(never_stopped.rows) > 100
+    killed = Dying(after)
+    with pytest.raises(KeyboardInterrupt):
+        pv.evaluate(pair.model, guide, x, **options, kept=killed)
+    kept, told = dict(killed), []
+    resumed = pv.evaluate(
+        pair.model, guide, x, **options, kept=kept, progress=lambda *said: told.append(said)
+    )
+    assert told[0] == ("weighing", min(50 * 100 * after, 50 * 250), 50 * 250)
+    assert told[-1][0] == "annealing"
+    assert told[-1][1] == told[-1][2] == len(resumed.rows) * 4 * 5
+    for name in ("value", "standard_error", "pareto_k", "rows"):
+        assert getattr(resumed, name).equal(getattr(never_stopped, name))
+    assert resumed.to_dict() == never_stopped.to_dict()
+    # Nothing is computed again, and more of the budget adds to what is there.
+    told.clear()
+    again = pv.evaluate(
+        pair.model, guide, x, **options, kept=kept, progress=lambda *said: told.append(said)
+    )
+    assert again.value.equal(resumed.value)
+    assert len(told) == 2
+
+
+def test_what_another_pair_has_left_is_not_taken_for_this_ones():
+    pair, guide, x = hard_pair(30)
+    other = LinearGaussian(pair.weight * 1.01, pair.bias, pair.scale)
+    kept: dict[str, Tensor] = {}
+    options: dict[str, Any] = {"num_particles": 50, "budget": 1e6, **TINY}
+    pv.evaluate(other.model, guide, x, **options, kept=kept)
+    found = pv.evaluate(pair.model, guide, x, **options, kept=kept)
+    assert found.value.equal(pv.evaluate(pair.model, guide, x, **options).value)
+    before = len(kept)
+    pv.evaluate(pair.model, guide, x + 1, **options, kept=kept)
+    assert len(kept) > before  # other data have blocks of their own
 
 
 def test_a_negative_budget_is_refused():

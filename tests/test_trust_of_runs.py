@@ -33,13 +33,14 @@ def test_the_files_hold_k_per_datum_and_what_to_do(run):
     said = json.loads((run / "evidence.json").read_text())
     assert said["untrusted"] == estimate.untrusted
     assert said["advice"] == estimate.advice
-    assert said["kind"] == "importance weighting"
+    assert said["kind"] == estimate.kind == "weighting, and annealing where it fails"
+    assert EVALUATE(num_particles=100, run=run, budget=0.0).kind == "importance weighting"
 
 
 def test_the_page_warns_of_data_that_are_not_to_be_trusted(run):
     assert EVALUATE(run, num_particles=1).untrusted == 1
     page = (run / "report.html").read_text()
-    assert '<p class="note">40 of 40 data are not to be trusted (the worst are' in page
+    assert '<p class="note">40 of 40 data can&#x27;t be trusted to weighting' in page
     said = json.loads((run / "evidence.json").read_text())
     trusted = {**said, "untrusted": 0.0, "advice": "The error bars of all 40 data can be trusted."}
     (run / "evidence.json").write_text(json.dumps(trusted))

@@ -21,9 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device
-from pyro_vae.evidence.blocks import check_options, data_blocks
+from pyro_vae.evidence.blocks import DATA_BLOCK, check_options, data_blocks
 from pyro_vae.evidence.chains import ChainEstimate, Tally
 from pyro_vae.evidence.compare import fingerprint
+from pyro_vae.evidence.kept import Kept, KeptBlocks
 from pyro_vae.evidence.particles import Pair
 from pyro_vae.evidence.path import AnnealingPath, Targets, chain_blocks, check_plan
 from pyro_vae.inference.compiled import Compile
@@ -45,6 +46,7 @@ def ais(
     data_plate: str | None = None,
     compile: Compile = "auto",
     progress: Callable[[int], object] | None = None,
+    kept: Kept | None = None,
 ) -> ChainEstimate:
     r"""Estimate log p(x) per datum by annealed importance sampling.
 
@@ -67,6 +69,7 @@ def ais(
         compile: Compute densities and gradients by one compiled kernel; see ``log_weights``.
         progress: Called after each move with the number of chain-data that moved, K N (T - 1) in
             all.
+        kept: A mapping in which finished blocks of data are kept; see ``log_evidence``.
 
     Returns:
         The estimate, with ``value``, ``standard_error``, ``ess`` and ``acceptance`` of shape
@@ -91,13 +94,23 @@ def ais(
     moved = on_device(args, device_of(model, guide))
     tally, pilot = Tally(num_chains), 0
     targets = Targets(plan, compile, rows=num_chains * data_size(moved))
+    store = KeptBlocks(kept, "chains", args, (num_chains, plan))
+    store.forget_others(model, guide, moved, data_plate)
+    finished = store.finished(-(-data_size(moved) // DATA_BLOCK))
+    if kept is not None and progress is not None:
+        progress(sum(part.shape[1] for part in finished.values()) * num_chains * plan.moves)
     for index, block in enumerate(data_blocks(moved)):
         with at_rest(model, guide):
             pair = Pair(model, guide, block, data_plate)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
-        path = AnnealingPath(pair, targets, plan, index, pilot)
-        tally.add([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
+        if index not in finished:
+            path = AnnealingPath(pair, targets, plan, index, pilot)
+            finished[index] = tally.columns(
+                [path.up(chains, number, progress) for number, chains in enumerate(sizes)]
+            )
+            store.put(index, finished[index])
+        tally.add(finished[index])
     return tally.estimate(
         fingerprint(args),
         "annealed importance sampling",

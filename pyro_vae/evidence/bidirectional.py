@@ -145,14 +145,14 @@ def bidirectional(
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
         path = AnnealingPath(pair, targets, plan, index, pilot)
-        lower.add([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
+        lower.walked([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
         space, _ = targets(pair, sizes[0])
         u = space.flat(exact)
         down = [
             path.down(u.expand(chains, -1, -1).contiguous(), number, progress)
             for number, chains in enumerate(sizes)
         ]
-        upper.add(down)
+        upper.walked(down)
     data = _together(moved, simulated)
     below, above = (
         tally.estimate(

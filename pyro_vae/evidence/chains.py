@@ -12,6 +12,7 @@ from pyro_vae.evidence.importance import Sums
 
 __all__ = ["ChainEstimate", "Tally", "Walk"]
 
+_COLUMNS = ("value", "standard_error", "ess", "elbo")
 # A share of divergent trajectories that is worth a word.
 _DIVERGENT = 0.01
 
@@ -80,11 +81,18 @@ class Tally:
     def __init__(self, num_chains: int, sign: int = 1) -> None:
         self.num_chains = num_chains
         self.sign = sign
-        self._parts: list[Estimate] = []
-        self._moved: list[Tensor] = []
+        self._parts: list[Tensor] = []
 
-    def add(self, walks: Sequence[Walk]) -> None:
+    def walked(self, walks: Sequence[Walk]) -> None:
         """Add all walks of one block of data.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        self.add(self.columns(walks))
+
+    def columns(self, walks: Sequence[Walk]) -> Tensor:
+        """What all walks of one block of data come to, ``(6, n)``, float64, on the CPU.
 
         Raises:
             ValueError: A weight is NaN or infinite.
@@ -99,12 +107,18 @@ class Tally:
             )
         sums = Sums(log_w.shape[1], log_w.device)
         sums.add(log_w, slice(None))
-        self._parts.append(sums.estimate(self.num_chains, ""))
+        part = sums.estimate(self.num_chains, "")
         chains = torch.tensor([len(walk.log_w) for walk in walks], dtype=torch.float64)
         share = (chains / chains.sum()).to(log_w.device)
         acceptance = share @ torch.stack([walk.acceptance for walk in walks])
         divergent = torch.stack([walk.divergent for walk in walks]).sum(0)
-        self._moved.append(torch.stack([acceptance, divergent]).cpu())
+        return torch.stack(
+            [*(getattr(part, name) for name in _COLUMNS), acceptance.cpu(), divergent.cpu()]
+        )
+
+    def add(self, columns: Tensor) -> None:
+        """Add a block of data by its ``columns``."""
+        self._parts.append(columns)
 
     def estimate(self, data: str, kind: str, *, moves: int, gradients: int) -> ChainEstimate:
         """The estimate of all data.
@@ -115,11 +129,8 @@ class Tally:
             moves: Number of moves of a chain.
             gradients: Evaluations of gradients, over all data.
         """
-        acceptance, divergent = torch.cat(self._moved, 1)
-        columns = {
-            name: torch.cat([getattr(part, name) for part in self._parts])
-            for name in ("value", "standard_error", "ess", "elbo")
-        }
+        *found, acceptance, divergent = torch.cat(self._parts, 1)
+        columns = dict(zip(_COLUMNS, found, strict=True))
         for name in ("value", "elbo"):
             columns[name] = self.sign * columns[name]
         return ChainEstimate(

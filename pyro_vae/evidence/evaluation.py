@@ -1,76 +1,122 @@
-r"""The evidence of a data set: weigh all data, and anneal a sample of those where weighing failed.
-
-Importance weighting is cheap and says itself for which data it is not to be believed: U of N, say.
-Annealing all of them may be too dear. A random sample of m of them tells what they lack on average,
-
-.. math:: \overline{\log p} \approx \frac1N \sum_{n=1}^N \ell_n
-          + \frac UN \cdot \frac1m \sum_{j=1}^m (a_j - \ell_j),
-
-with the values :math:`\ell` of weighting and :math:`a` of annealing. The correction is right
-whatever weighting missed. Its error is that of the sample, which vanishes with m = U, and that of
-annealing; the errors that weighting claims enter for the trusted data alone.
-
-References: Neal, "Annealed importance sampling" (2001); Cochran, "Sampling techniques" (1977), on
-difference estimators.
-"""
+"""What an evaluation found: weighting of all data, annealing of some, and what both come to."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.annealed import ais
 from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.evidence.importance import log_evidence
-from pyro_vae.evidence.path import check_plan
-from pyro_vae.inference.compiled import Compile
-from pyro_vae.inference.data_plate import data_size
-from pyro_vae.inference.handlers import Program
 
-__all__ = ["Evaluation", "evaluate"]
-
-# A gradient is a pass through the decoder and one back, which costs two.
-PASSES = 3
+__all__ = ["Evaluation"]
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The evidence of a data set: what weighting found, and what annealing adds to it.
+class Evaluation(Estimate):
+    r"""The evidence of a data set: what weighting found, and what annealing adds to it.
+
+    An ``Estimate``, whose ``value`` is the annealed one where there is one, the weighted one where
+    that is trusted or nothing is known better, and for the other untrusted data the weighted one
+    plus what it lacks on average. So ``mean`` is the corrected mean.
 
     Attributes:
         weighted: Importance weighting of all data.
-        rows: Which data were annealed, ``(m,)``: a random sample of the untrusted ones.
+        rows: Which data were annealed, ``(m,)``: a random sample of those that weighting can't be
+            trusted for, U of N.
         annealed: Their annealing, None where nothing was annealed.
-        wanted: Number of data that weighting can't be trusted for, U.
-        budget_for_all: The budget that would have annealed all of them.
+        budget_for_all: The budget that would have annealed all U of them.
+        refused: Why none of them could be annealed, in words; empty where that is not so.
+
+    Example:
+        >>> import dataclasses
+        >>> columns = torch.tensor([[-1.0, -3.0], [0.3, 0.4], [9.0, 8.0], [-2.0, -4.0]]).double()
+        >>> weighted = pv.Estimate(*columns, num_particles=10)
+        >>> none = torch.tensor([], dtype=torch.long)
+        >>> found = pv.Evaluation.of(weighted, none, None, budget_for_all=0.0)
+        >>> found.mean, found.num_untrusted
+        (-2.0, 0)
     """
 
-    weighted: Estimate
-    rows: Tensor
-    annealed: ChainEstimate | None
-    wanted: int
-    budget_for_all: float
+    weighted: Estimate = field(kw_only=True)
+    rows: Tensor = field(kw_only=True)
+    annealed: ChainEstimate | None = field(kw_only=True)
+    budget_for_all: float = field(kw_only=True)
+    refused: str = field(kw_only=True, default="")
+
+    @classmethod
+    def of(
+        cls,
+        weighted: Estimate,
+        rows: Tensor,
+        annealed: ChainEstimate | None,
+        *,
+        budget_for_all: float,
+        refused: str = "",
+        kind: str | None = None,
+    ) -> "Evaluation":
+        """Put both estimates together; for the arguments see the attributes."""
+        value, error = weighted.value.clone(), weighted.standard_error.clone()
+        if annealed is not None:
+            lacks = annealed.value - weighted.value[rows]
+            others = ~weighted.trusted
+            value[others] += lacks.mean()
+            if len(rows) > 1:
+                error[others] = lacks.std()
+            value[rows], error[rows] = annealed.value, annealed.standard_error
+        return cls(
+            value,
+            error,
+            weighted.ess,
+            weighted.elbo,
+            weighted.num_particles,
+            data=weighted.data,
+            pareto_k=weighted.pareto_k,
+            kind=weighted.kind if kind is None else kind,
+            weighted=weighted,
+            rows=rows,
+            annealed=annealed,
+            budget_for_all=budget_for_all,
+            refused=refused,
+        )
+
+    def plus(self, constant: float) -> "Evaluation":
+        """The same of other units of the data: a constant added to every log-density.
+
+        Args:
+            constant: Such as ``data.log_jacobian``, in nats.
+        """
+
+        def moved(estimate: Estimate) -> Any:
+            return replace(estimate, value=estimate.value + constant, elbo=estimate.elbo + constant)
+
+        annealed = None if self.annealed is None else moved(self.annealed)
+        return self.of(
+            moved(self.weighted),
+            self.rows,
+            annealed,
+            budget_for_all=self.budget_for_all,
+            refused=self.refused,
+            kind=self.kind,
+        )
 
     @property
-    def value(self) -> Tensor:
-        """The best estimate of each datum, ``(N,)``, in nats: annealed where it was."""
-        value = self.weighted.value.clone()
-        if self.annealed is not None:
-            value[self.rows] = self.annealed.value
-        return value
+    def num_untrusted(self) -> int:
+        """Number of data U that weighting can't be trusted for."""
+        return int((~self.weighted.trusted).sum())
+
+    @property
+    def gain(self) -> Tensor:
+        """What annealing finds more than weighting, for each datum of ``rows``, ``(m,)``, nats."""
+        if self.annealed is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.annealed.value - self.weighted.value[self.rows]
 
     @property
     def missing(self) -> float:
         """What weighting lacks for each untrusted datum, on average, in nats; 0 if unknown."""
-        return 0.0 if self.annealed is None else self._lacks.mean().item()
-
-    @property
-    def mean(self) -> float:
-        """The mean over the data, nats per datum."""
-        return self.weighted.mean + self.wanted / self._size * self.missing
+        return 0.0 if self.annealed is None else self.gain.mean().item()
 
     @property
     def mean_standard_error(self) -> float:
@@ -78,166 +124,161 @@ class Evaluation:
 
         Of the untrusted data that no annealing stands for it holds the error that they claim.
         """
-        claimed = self.weighted.standard_error.square()
         if self.annealed is None:
-            return claimed.sum().sqrt().item() / self._size
-        kept = claimed[self.weighted.trusted].sum().item()
-        m, wanted = len(self.rows), self.wanted
-        noise = self.annealed.standard_error.square().mean().item()
-        unseen = (1 - m / wanted) * self._lacks.var().item() / m if m < wanted else 0.0
-        return math.sqrt(kept + wanted**2 * (unseen + noise / wanted)) / self._size
+            return self.weighted.mean_standard_error
+        size, wanted = len(self.value), self.num_untrusted
+        kept = self.weighted.standard_error.square()[self.weighted.trusted].sum().item()
+        noise = wanted * self.annealed.standard_error.square().mean().item()
+        return math.hypot(math.sqrt(kept + noise) / size, self.shared_error)
 
     @property
-    def sampling_error(self) -> float:
-        """The standard error of the mean as an estimate for new data; NaN for one datum."""
-        if self._size == 1:
-            return math.nan
-        spread = self.weighted.value.std().item() / self._size**0.5
-        return math.hypot(spread, self.mean_standard_error)
+    def shared_error(self) -> float:
+        """The standard error that a sample of annealed data leaves in the mean.
+
+        It is common to all data, so a paired comparison adds it.
+        """
+        m, wanted = len(self.rows), self.num_untrusted
+        if self.annealed is None or m >= wanted:
+            return 0.0
+        unseen = (1 - m / wanted) * self.gain.var().item() / m
+        return wanted * math.sqrt(unseen) / len(self.value)
+
+    @property
+    def bias(self) -> float:
+        """About how far the mean lies below the truth for these data; see ``Estimate``."""
+        if self.annealed is None:
+            return self.weighted.bias
+        size, wanted = len(self.value), self.num_untrusted
+        squares = self.weighted.standard_error.square()[self.weighted.trusted].sum().item()
+        squares += wanted * self.annealed.standard_error.square().mean().item()
+        return -squares / (2 * size)
+
+    @property
+    def trusted(self) -> Tensor:
+        """For which data the value and its error can be believed, ``(N,)``, bool.
+
+        Those that only the average of others has corrected are not among them; the mean is right
+        with them.
+        """
+        trusted = self.weighted.trusted
+        if self.annealed is not None:
+            trusted = trusted.clone()
+            trusted[self.rows] = self.annealed.trusted
+        return trusted
 
     @property
     def advice(self) -> str:
         """What was done about the data that weighting can't be trusted for, in words."""
-        if self.wanted == 0:
+        wanted, size = self.num_untrusted, len(self.value)
+        if wanted == 0:
             return self.weighted.advice
-        said = f"{self.wanted} of {self._size} data can't be trusted to weighting"
+        said = f"{wanted} of {size} data can't be trusted to weighting"
+        low = "their part of the mean is too low by an unknown amount"
+        if self.refused:
+            return f"{said}, and annealing can't be had: {low}. {self.refused}"
         if self.annealed is None:
             return (
-                f"{said}, and the budget is too small to anneal any: their part of the mean is "
-                f"too low by an unknown amount. budget={self.budget_for_all:.2g} anneals all."
+                f"{said}, and the budget is too small to anneal any: {low}. "
+                f"budget={self.budget_for_all:.2g} anneals all."
             )
         did = f"{said}; {len(self.rows)} of them were annealed"
-        more = (
-            f" (all with budget={self.budget_for_all:.2g})" if len(self.rows) < self.wanted else ""
-        )
-        return f"{did}{more}. {self.annealed.advice.replace('data', 'annealed data', 1)}"
+        if len(self.rows) < wanted:
+            did += (
+                " and stand for the others in the mean "
+                f"(budget={self.budget_for_all:.2g} anneals all)"
+            )
+        return f"{did}. Annealed: {_lower(self.annealed.advice)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Its figures, for a JSON file; every nat per datum."""
+        annealed = self.annealed
         return {
             "log_evidence": self.mean,
             "mean_standard_error": self.mean_standard_error,
             "sampling_error": self.sampling_error,
-            "elbo": self.weighted.elbo.mean().item(),
-            "num_data": self._size,
+            "shared_error": self.shared_error,
+            "bias": self.bias,
+            "elbo": self.elbo.mean().item(),
+            "num_data": len(self.value),
+            "kind": self.kind,
             "weighted": self.weighted.mean,
-            "num_particles": self.weighted.num_particles,
-            "untrusted": self.wanted,
-            "annealed": len(self.rows),
+            "weighted_error": self.weighted.mean_standard_error,
+            "num_particles": self.num_particles,
+            "ess_median": self.ess.median().item(),
+            "ess_min": self.ess.min().item(),
+            "num_untrusted": self.num_untrusted,
+            "untrusted": self.untrusted,
+            "num_annealed": len(self.rows),
             "missing": self.missing,
-            "num_chains": 0 if self.annealed is None else self.annealed.num_particles,
+            "missing_error": self._missing_error,
+            "num_chains": 0 if annealed is None else annealed.num_particles,
+            "num_moves": 0 if annealed is None else annealed.num_moves,
+            "gradients": 0 if annealed is None else annealed.gradients,
+            "acceptance": None if annealed is None else annealed.acceptance.median().item(),
+            "budget_for_all": self.budget_for_all,
             "advice": self.advice,
-            "data": self.weighted.data,
+            "data": self.data,
         }
 
-    def __str__(self) -> str:
+    def table(self, name: str = "log p(x)") -> str:
+        """The estimate and what it was put together from, line by line, in nats per datum.
+
+        Args:
+            name: What the values are; "score" where they are no log-probability.
+        """
+        w = self.weighted
+        bound = "ELBO" if name == "log p(x)" else "bound"
         lines = [
-            f"log p(x)   {self.mean:.3f} nats per datum, +- {self.mean_standard_error:.3f} "
-            f"(estimator) +- {self.sampling_error:.2f} (test set)",
-            f"weighting  {self.weighted}",
+            ["", "nats per datum", "+- estimator", "+- test set", ""],
+            [
+                name,
+                f"{self.mean:.3f}",
+                f"{self.mean_standard_error:.3f}",
+                f"{self.sampling_error:.2f}",
+                f"{len(self.value)} data, bias about {self.bias:.3f}",
+            ],
+            [
+                "weighting",
+                f"{w.mean:.3f}",
+                f"{w.mean_standard_error:.3f}",
+                f"{w.sampling_error:.2f}",
+                f"{w.num_particles} particles each, median ESS {w.ess.median().item():.1f}, lowest "
+                f"{w.ess.min().item():.1f}; {self.num_untrusted} data not to be trusted",
+            ],
         ]
         if self.annealed is not None:
             lines.append(
-                f"annealing  {self.missing:+.3f} nats for each of {len(self.rows)} data: "
-                f"{self.annealed}"
+                [
+                    "annealing",
+                    f"{self.missing:+.3f}",
+                    f"{self._missing_error:.3f}",
+                    "",
+                    f"more on {len(self.rows)} of those; {self.annealed._drawn()}",
+                ]
             )
-        return "\n".join([*lines, self.advice])
+        lines.append([bound, f"{self.elbo.mean().item():.3f}", "", "", ""])
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if 0 < i < 4 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{self.advice}"
 
     @property
-    def _size(self) -> int:
-        return len(self.weighted.value)
+    def _missing_error(self) -> float:
+        """The standard error of ``missing``, for the untrusted data there are; NaN for one."""
+        m, wanted = len(self.rows), self.num_untrusted
+        if self.annealed is None or m < min(2, wanted):
+            return math.nan
+        noise = self.annealed.standard_error.square().mean().item() / m
+        unseen = (1 - m / wanted) * self.gain.var().item() / m if m < wanted else 0.0
+        return math.sqrt(noise + unseen)
 
-    @property
-    def _lacks(self) -> Tensor:
-        assert self.annealed is not None
-        return self.annealed.value - self.weighted.value[self.rows]
 
-
-def evaluate(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    num_particles: int = 5000,
-    budget: float = 1.0,
-    num_chains: int = 16,
-    temperatures: int | Tensor = 1000,
-    leapfrog_steps: int = 10,
-    seed: int = 0,
-    data_plate: str | None = None,
-    compile: Compile = "auto",
-) -> Evaluation:
-    r"""The evidence of a data set, with an error bar that can be believed.
-
-    All data are weighed; of those that weighting says itself not to be trusted for, as many are
-    annealed as the budget bears, drawn at random, and what they gain corrects the mean.
-
-    Args:
-        model: A Pyro model; see ``ais`` for what can be annealed.
-        guide: Its guide.
-        args: What both take; see ``log_weights``.
-        num_particles: Number of importance weights K per datum.
-        budget: What annealing may cost, in units of what weighting costs, N K passes through the
-            decoder; a gradient counts three. 0 anneals nothing.
-        num_chains: Number of annealed chains per datum.
-        temperatures: Number of steps of each, or a schedule; see ``ais``.
-        leapfrog_steps: Leapfrog steps of each move.
-        seed: Seed of all noise; the caller's random state is left alone.
-        data_plate: Name of the plate over the data; see ``log_weights``.
-        compile: Compute by compiled kernels; see ``log_weights``.
-
-    Returns:
-        The evaluation: ``mean`` with its errors in nats per datum, ``value`` ``(N,)``, and
-        ``advice`` in words.
-
-    Raises:
-        ValueError: As ``log_evidence``, and as ``ais`` where something is annealed; the budget is
-            negative.
-
-    Example:
-        >>> encoder = pv.Conditional(pv.networks.mlp(9, (2, 2)), pv.families.normal)
-        >>> likelihood = pv.Conditional(pv.networks.mlp(2, (1, 9)), pv.families.bernoulli)
-        >>> model, guide = pv.Model(pv.priors.StandardNormal(2), likelihood), pv.Guide(encoder)
-        >>> found = pv.evaluate(model, guide, torch.ones(7, 9), num_particles=500)
-        >>> found.value.shape, found.mean < 0
-        (torch.Size([7]), True)
-    """
-    if not budget >= 0:
-        raise ValueError(f"budget: expected a number that is not negative, got {budget}.")
-    plan = check_plan(temperatures, leapfrog_steps, 0.5, seed)
-    weighted = log_evidence(
-        model,
-        guide,
-        *args,
-        num_particles=num_particles,
-        seed=seed,
-        data_plate=data_plate,
-        compile=compile,
-    )
-    size = data_size(args)
-    untrusted = (~weighted.trusted).nonzero().squeeze(1)
-    price = (
-        PASSES * plan.gradients(1, num_chains, pilot=min(num_chains, 16)) / (size * num_particles)
-    )
-    count = min(len(untrusted), math.floor(budget / price + 1e-9))
-    annealed = None
-    if count < min(2, len(untrusted)):  # one of several has no spread, and so no error
-        count = 0
-    order = torch.randperm(len(untrusted), generator=torch.Generator().manual_seed(seed))
-    rows = untrusted[order[:count]].sort().values
-    if count:
-        chosen = (
-            a[rows.to(a.device)] if isinstance(a, Tensor) and a.dim() > 0 and len(a) == size else a
-            for a in args
-        )
-        annealed = ais(
-            model,
-            guide,
-            *chosen,
-            num_chains=num_chains,
-            temperatures=temperatures,
-            leapfrog_steps=leapfrog_steps,
-            seed=seed,
-            data_plate=data_plate,
-            compile=compile,
-        )
-    return Evaluation(weighted, rows, annealed, len(untrusted), len(untrusted) * price)
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.blocks import blocks, check_options
+from pyro_vae.context import device_of, on_device
+from pyro_vae.evidence.blocks import DATA_BLOCK, blocks, check_options
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.kept import Kept, KeptBlocks
 from pyro_vae.evidence.pareto import Tail
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
@@ -108,6 +110,7 @@ def log_evidence(
     autocast: torch.dtype | None = None,
     smooth: bool = False,
     progress: Callable[[int], object] | None = None,
+    kept: Kept | None = None,
 ) -> Estimate:
     r"""Importance-weighted estimate of log p(x) per datum, with its error.
 
@@ -128,6 +131,9 @@ def log_evidence(
         smooth: Put a Pareto-smoothed tail in the place of the largest weights (``smoothed``): the
             estimate and its error change, and it is no lower bound in expectation any more.
         progress: Called after each block with the number of particle-data scored in it.
+        kept: A mapping from strings to tensors into which finished blocks of data are put, and from
+            which they are taken by a later call with the same pair, data and options: with one
+            whose items are files, an estimation that was killed goes on.
 
     Returns:
         The estimate, with ``value``, ``standard_error``, ``ess`` and ``pareto_k`` of shape
@@ -158,26 +164,37 @@ def log_evidence(
         compile=compile,
         autocast=autocast,
     )
+    size = data_size(args)
+    store = KeptBlocks(kept, "weights", args, (num_particles, seed, str(autocast), smooth))
+    store.forget_others(model, guide, on_device(args, device_of(model, guide)), data_plate)
+    starts = range(0, size, DATA_BLOCK)
+    finished = store.finished(len(starts))
+    if kept is not None and progress is not None:
+        progress(sum(block.shape[1] for block in finished.values()) * num_particles)
     sums: Sums | None = None
     tail = Tail(num_particles)  # of one block of data after another
-    pareto_k = torch.full((data_size(args),), math.nan, dtype=torch.float64)
-    start = 0
-    for of_particles in of_data:
-        width = 0
+    pareto_k = torch.full((size,), math.nan, dtype=torch.float64)
+    for (index, start), of_particles in zip(enumerate(starts), of_data, strict=True):
+        rows = slice(start, min(start + DATA_BLOCK, size))
+        if index in finished:
+            continue
         for log_w in of_particles:
-            width = log_w.shape[1]
             if sums is None:
-                sums = Sums(data_size(args), log_w.device)
-            sums.add(log_w, slice(start, start + width))
+                sums = Sums(size, log_w.device)
+            sums.add(log_w, rows)
             tail.add(log_w)
             if progress is not None:
                 progress(log_w.numel())
-        rows = slice(start, start + width)
+        assert sums is not None
         pareto_k[rows], raw, smoothed = tail.finish()
-        if smooth and sums is not None:
+        if smooth:
             sums.replace(raw, smoothed, rows)
-        start = rows.stop
-    assert sums is not None
+        store.put(index, torch.cat([sums.columns(rows), pareto_k[rows][None]]))
+    sums = Sums(size, torch.device("cpu")) if sums is None else sums
+    for index, block in finished.items():
+        rows = slice(starts[index], starts[index] + block.shape[1])
+        sums.restore(block[:-1], rows)
+        pareto_k[rows] = block[-1]
     estimate = sums.estimate(num_particles, fingerprint(args))
     kind = f"Pareto-smoothed {estimate.kind}" if smooth else estimate.kind
     return replace(estimate, pareto_k=pareto_k, kind=kind)
@@ -216,6 +233,17 @@ class Sums:
             before, after = ((power * (part - top)).exp().sum(0) for part in (some, others))
             # What is left of a sum without its largest terms is rounding where they were all of it.
             sums[data] = (sums[data] - before).clamp_min(0) + after
+
+    def columns(self, data: slice) -> Tensor:
+        """The sums of some data, ``(4, n)``, on the CPU."""
+        return torch.stack([s[data] for s in (self.top, self.first, self.second, self.total)]).cpu()
+
+    def restore(self, columns: Tensor, data: slice) -> None:
+        """Put back what ``columns`` gave."""
+        for sums, column in zip(
+            (self.top, self.first, self.second, self.total), columns, strict=True
+        ):
+            sums[data] = column.to(sums.device)
 
     def estimate(self, count: int, data: str) -> Estimate:
         """The estimate of so many particles for each datum."""

@@ -105,7 +105,7 @@ def reciprocal_evidence(
         with resting(pair, "reciprocal", seed, index):
             if index == 0:
                 _warn_of_dimensions(targets(pair, num_chains)[0].dim)
-            tally.add([_walk(pair, targets, plan, num_chains, num_draws, progress)])
+            tally.walked([_walk(pair, targets, plan, num_chains, num_draws, progress)])
     return tally.estimate(
         fingerprint(args),
         "reciprocal importance sampling",

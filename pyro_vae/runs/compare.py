@@ -1,7 +1,8 @@
 """Hold judged runs against each other, datum by datum: which swap helped?"""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,40 @@ def _judged(run: Run) -> tuple[Estimate, dict[str, Any]]:
             f"pyro-vae evaluate {run.path} first."
         )
     summary = run.read_json("evidence.json")
-    columns = {key: torch.as_tensor(values) for key, values in arrays.items()}
+    names = ("value", "standard_error", "ess", "elbo", "pareto_k")
+    columns = {key: torch.as_tensor(arrays[key]) for key in names if key in arrays}
     # What was judged before there were kinds names none.
     facts = {key: summary[key] for key in ("num_particles", "kind") if key in summary}
-    return Estimate(**columns, **facts, data=summary.get("fingerprint", "")), summary
+    data = summary.get("fingerprint", "")
+    return _Judged(**columns, **facts, data=data, summary=summary), summary
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged(Estimate):
+    """An estimate whose errors of the mean are those that its evaluation has found.
+
+    Where a sample of the data was annealed for all of them, they don't follow from the data's own.
+    """
+
+    summary: Mapping[str, Any] = field(kw_only=True)
+
+    @property
+    def mean_standard_error(self) -> float:
+        error = self.summary["mean_standard_error"]
+        return math.nan if error is None else error
+
+    @property
+    def shared_error(self) -> float:
+        return self.summary.get("shared_error", 0.0)
+
+    @property
+    def bias(self) -> float:
+        bias = self.summary["bias"]
+        return math.nan if bias is None else bias
+
+    @property
+    def untrusted(self) -> float:
+        return self.summary.get("untrusted", super().untrusted)
 
 
 def _row(

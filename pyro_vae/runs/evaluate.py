@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from pyro_vae.context import bare, seeded
 from pyro_vae.data import PARTS, Kind, Split, restore
-from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.evidence.importance import log_evidence
+from pyro_vae.evidence.evaluate import evaluate
+from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.handlers import Program
+from pyro_vae.runs.arrays import ArrayFolder
 from pyro_vae.runs.device import resolve_device
 from pyro_vae.runs.directory import Run, machine, versions
 from pyro_vae.runs.load import load
@@ -32,6 +32,10 @@ def evaluate_run(
     run: str | Path,
     *,
     num_particles: int = 5000,
+    budget: float = 1.0,
+    num_chains: int = 16,
+    temperatures: int = 1000,
+    leapfrog_steps: int = 10,
     part: str = "test",
     limit: int | None = None,
     data: Split | Tensor | Sequence[Tensor] | None = None,
@@ -41,15 +45,22 @@ def evaluate_run(
     device: str | torch.device = "auto",
     compile: Compile = "auto",
     progress: bool = True,
-) -> Estimate:
-    """Estimate the log-evidence of a run's held-out data, and keep it in the run.
+) -> Evaluation:
+    """Evaluate a run's held-out data by ``evaluate``, and keep what is found in the run.
 
-    Writes ``evidence.json`` (the summary), ``evidence.npz`` (per datum), ``evidence.png``, and the
-    report anew.
+    Writes ``evidence.json`` (the summary), ``evidence.npz`` (per datum), ``evidence.png`` and
+    ``trust.png``, and the report anew. Finished blocks of data are kept in the folder
+    ``evaluation``: a call that was killed goes on by being made again, and one with a larger budget
+    adds to it.
 
     Args:
         run: The run directory.
         num_particles: Number of importance weights K per datum.
+        budget: What annealing of untrusted data may cost, in units of what weighting costs; 0 for
+            importance weighting alone, as published figures are. See ``evaluate``.
+        num_chains: Number of annealed chains per datum.
+        temperatures: Number of steps of each.
+        leapfrog_steps: Leapfrog steps of each move.
         part: "test", "valid", "train", or "all" of a ``Split``.
         limit: Judge so many data, spread evenly over the part; all by default.
         data: The data, where the run can't load them again: a ``Split``, or the tensors to judge.
@@ -61,13 +72,13 @@ def evaluate_run(
         progress: Show a bar on a terminal, lines elsewhere (on standard error).
 
     Returns:
-        The estimate, in nats per datum of the data as they were before their preparation: that of
-        ``log_evidence`` plus ``data.log_jacobian``. For dequantized levels it bounds log P(levels).
+        The evaluation, in nats per datum of the data as they were before their preparation: that of
+        ``evaluate`` plus ``data.log_jacobian``. For dequantized levels it bounds log P(levels).
 
     Raises:
         FileNotFoundError: The directory holds no run, or the data's files are gone.
-        ValueError: The data have changed or don't fit the pair; or what ``load`` and
-            ``log_evidence`` say.
+        ValueError: The data have changed or don't fit the pair; or what ``load`` and ``evaluate``
+            say.
     """
     folder = Run.open(run)
     config = folder.config
@@ -80,45 +91,82 @@ def evaluate_run(
         if isinstance(program, nn.Module):
             program.to(target)
     args = tuple(a.to(target) for a in _rows(data, part, limit, seed))
-    total = len(args[0]) * num_particles
-    bar = Progress(total, what="weight", label=f"judging {len(args[0])} data", shown=progress)
+    told = _Told(len(args[0]), shown=progress)
+    blocks = ArrayFolder(folder.path / "evaluation")
     started = time.perf_counter()
     try:
         # Scores are of values outside the support: that was declared when the data were prepared.
         density = not isinstance(data, Split) or data.is_density
         with pyro.validation_enabled(is_validate=density):
-            estimate = log_evidence(
+            found = evaluate(
                 *pair,
                 *args,
                 num_particles=num_particles,
+                budget=budget,
+                num_chains=num_chains,
+                temperatures=temperatures,
+                leapfrog_steps=leapfrog_steps,
                 seed=seed,
                 compile=compile,
-                progress=bar.advance,
+                progress=told,
+                kept=blocks,
             )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"stopped; what is finished is kept in {blocks.path}, and the same call goes on with it"
+        ) from stop
     finally:
-        bar.close()
+        told.close()
+    blocks.drop_unused()
     jacobian = data.log_jacobian if isinstance(data, Split) else 0.0
-    estimate = replace(estimate, value=estimate.value + jacobian, elbo=estimate.elbo + jacobian)
+    found = found.plus(jacobian)
     summary = {
         "part": part if isinstance(data, Split) else "given",
-        "num_data": len(args[0]),
-        **_figures(estimate, data),
-        "fingerprint": estimate.data,
-        "num_particles": num_particles,
         "epochs": len(folder.read_metrics()[0]),
+        **_figures(found, data),
         "seed": seed,
+        "budget": budget,
         "seconds": time.perf_counter() - started,
         "machine": machine(target),
         "preparation": list(data.preparation) if isinstance(data, Split) else [],
         "versions": versions(),
     }
-    keys = ("value", "standard_error", "ess", "elbo", "pareto_k")
-    arrays = {key: getattr(estimate, key) for key in keys}
+    arrays = {
+        **{key: getattr(found, key) for key in ("value", "standard_error", "ess", "elbo")},
+        "pareto_k": found.pareto_k,
+        "weighted": found.weighted.value,
+        "annealed_rows": found.rows,
+        "gain": found.gain,
+    }
     folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
     folder.write_json("evidence.json", summary)
-    draw_evidence(folder, estimate.value, summary)
+    draw_evidence(folder, found, summary)
     write_report(folder.path)
-    return estimate
+    return found
+
+
+class _Told:
+    """What an evaluation tells of itself, in one bar after another."""
+
+    def __init__(self, size: int, *, shown: bool) -> None:
+        self._size, self._shown = size, shown
+        self._what, self._bar = "", Progress(0, what="", label="", shown=False)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.close()
+            self._what = what
+            self._bar = Progress(
+                total,
+                what="weight" if what == "weighing" else "move",
+                label=f"{what} {self._size} data" if what == "weighing" else what,
+                shown=self._shown,
+                done=done,  # what is told first was there before
+            )
+        self._bar.advance(done - self._bar.done)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _rows(
@@ -155,21 +203,11 @@ def _check_prepared_alike(data: Any, described: dict[str, Any]) -> None:
         )
 
 
-def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
+def _figures(found: Evaluation, data: Any) -> dict[str, Any]:
     """The figures of ``evidence.json``; every nat in it is per datum."""
-    figures = {
-        "quantity": "log p(x)",
-        "log_evidence": estimate.mean,
-        "mean_standard_error": estimate.mean_standard_error,
-        "sampling_error": estimate.sampling_error,
-        "bias": estimate.bias,
-        "elbo": estimate.elbo.mean().item(),
-        "ess_median": estimate.ess.median().item(),
-        "ess_min": estimate.ess.min().item(),
-        "kind": estimate.kind,
-        "untrusted": estimate.untrusted,
-        "advice": estimate.advice,
-    }
+    of_pair = found.to_dict()
+    figures = {"quantity": "log p(x)", **of_pair, "fingerprint": of_pair.pop("data")}
+    del figures["data"]
     if isinstance(data, Split):
         if not data.is_density:
             figures["quantity"] = "score"
@@ -177,5 +215,5 @@ def _figures(estimate: Estimate, data: Any) -> dict[str, Any]:
         if dequantized:
             figures["quantity"] = "bound on log P(x)"
         if data.kind is Kind.LEVELS or dequantized:
-            figures["bits_per_dim"] = -estimate.mean / (data.dim * math.log(2))
+            figures["bits_per_dim"] = -found.mean / (data.dim * math.log(2))
     return figures

@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device, seeded
+from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.inference.handlers import Program
 from pyro_vae.program.vae import decode, encode, generate, reconstruct
 from pyro_vae.runs import plots, tiles
 from pyro_vae.runs.canvas import save
 from pyro_vae.runs.directory import Run, atomically
 from pyro_vae.runs.report import write_report
+from pyro_vae.runs.trust import trust
 
 __all__ = ["draw_evidence", "draw_run"]
 
@@ -55,22 +57,23 @@ def draw_run(run: Run, model: Program | None, guide: Program | None) -> Path:
     return write_report(run.path)
 
 
-def draw_evidence(run: Run, values: Tensor, summary: dict[str, Any]) -> None:
-    """Draw the histogram of an evaluation.
+def draw_evidence(run: Run, found: Evaluation, summary: dict[str, Any]) -> None:
+    """Draw the histogram of an evaluation, and what of it is to be trusted.
 
     Args:
         run: The run directory.
-        values: Estimates per datum ``(N,)``, nats.
+        found: The evaluation.
         summary: What stands in ``evidence.json``.
     """
     figure = plots.evidence(
-        values.numpy(),
+        found.value.numpy(),
         summary["log_evidence"],
         summary["mean_standard_error"],
         summary["sampling_error"],
         name=summary["quantity"],
     )
     save(figure, run.path / "evidence.png")
+    save(trust(found), run.path / "trust.png")
 
 
 def _draw_pair(

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 __all__ = ["Progress"]
 
+INTERVAL = 30.0  # seconds between two lines of a log
+
 
 class Progress:
     """A bar on a terminal; elsewhere a line now and then.
@@ -49,7 +51,7 @@ class Progress:
         self.done += steps
         if self._bar is not None:
             self._bar.update(steps)
-        elif self._shown and time.monotonic() - self._told > 30:
+        elif self._shown and time.monotonic() - self._told >= INTERVAL:
             self._told = time.monotonic()
             self.line(f"{self.label}: {self.done}/{self.total} {self.what}s, {self._time_left()}")
 

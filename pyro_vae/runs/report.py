@@ -39,6 +39,7 @@ _PICTURES = (
     ),
     ("latents.png", "The data in latent space", "Each point is one datum."),
     ("evidence.png", "{Quantity} of each datum", "A long left tail is of data hard to explain."),
+    ("trust.png", "What of it can be trusted", "{Quantity} is too low where weighting fails."),
     ("graph_model.png", "The model", "The graph of the generative program, as Pyro traced it."),
     ("graph_guide.png", "The guide", "The graph of the inference program."),
 )

@@ -21,6 +21,7 @@ def compare_swaps(
     *,
     out: str | Path,
     num_particles: int = 5000,
+    budget: float = 0.0,
     losses: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -41,6 +42,8 @@ def compare_swaps(
         data: What all are trained and judged on.
         out: The folder; ``comparison.json`` and ``comparison.png`` come to lie in it.
         num_particles: Importance weights per held-out datum.
+        budget: What annealing may cost, in units of that; 0, as published figures are, anneals
+            nothing. See ``evaluate``.
         losses: The loss of those swaps that have one of their own, by name.
         seed: Seed of initial weights, training and particles.
         device: "auto", "cpu", "cuda"...
@@ -81,7 +84,7 @@ def compare_swaps(
         )
     for name, make in swaps.items():
         run = folders[name]
-        before = _judged(run, num_particles, seed)
+        before = _judged(run, num_particles, budget, seed)
         torch.manual_seed(seed)
         model, guide = make()
         own = {"loss": losses[name]} if losses is not None and name in losses else {}
@@ -101,6 +104,7 @@ def compare_swaps(
         evaluate_run(
             run,
             num_particles=num_particles,
+            budget=budget,
             data=data,
             model=model,
             guide=guide,
@@ -117,15 +121,12 @@ def _folder(name: str) -> str:
     return "-".join(part for part in kept.split("-") if part) or "swap"
 
 
-def _judged(folder: Path, num_particles: int, seed: int) -> int | None:
+def _judged(folder: Path, num_particles: int, budget: float, seed: int) -> int | None:
     """After how many epochs a run was judged in this way; None if it was not."""
     if not (folder / "evidence.json").is_file():
         return None
     summary = Run(folder).read_json("evidence.json")
-    if (summary["num_particles"], summary["seed"], summary["part"]) != (
-        num_particles,
-        seed,
-        "test",
-    ):
+    there = (summary["num_particles"], summary.get("budget", 0.0), summary["seed"], summary["part"])
+    if there != (num_particles, budget, seed, "test"):
         return None
     return summary.get("epochs")  # not what metrics say: a call may have died between the two

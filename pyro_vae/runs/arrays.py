@@ -1,0 +1,65 @@
+"""A folder of arrays as a mapping: what a long computation has finished, each in a file."""
+
+import warnings
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.runs.directory import atomically
+
+__all__ = ["ArrayFolder"]
+
+
+class ArrayFolder(MutableMapping[str, Tensor]):
+    """Tensors by name, each in an ``.npy`` file that is whole or not there.
+
+    A file that can't be read counts as none: what was in it is computed again. One that can't be
+    written is warned of: computing goes on.
+
+    Args:
+        path: The folder; it is made with the first file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            tensor = torch.from_numpy(np.load(self._file(key), allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise KeyError(key) from error
+        self._used.add(key)
+        return tensor
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._used.add(key)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with atomically(self._file(key)) as file:
+                np.save(file, value.cpu().numpy())
+        except OSError as error:
+            warnings.warn(f"{error} The evaluation goes on.", UserWarning, stacklevel=3)
+
+    def __delitem__(self, key: str) -> None:
+        try:
+            self._file(key).unlink()
+        except FileNotFoundError as error:
+            raise KeyError(key) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(file.stem for file in self.path.glob("*.npy")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def drop_unused(self) -> None:
+        """Delete what was neither read nor written through this mapping: it is of other options."""
+        for key in set(self) - self._used:
+            self._file(key).unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return self.path / f"{key}.npy"

@@ -1,0 +1,130 @@
+"""The evaluation of a run: annealed where it has to be, resumed where it was killed, and drawn."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from helpers import bernoulli_latents
+from test_evaluation import TINY, hard_pair
+from torch import Tensor
+
+import pyro_vae as pv
+from pyro_vae import cli
+from pyro_vae.runs.arrays import ArrayFolder
+from pyro_vae.runs.report import write_report
+
+EVALUATE = partial(pv.evaluate_run, num_particles=50, budget=1e6, progress=False, **TINY)
+
+
+def trained(model: Any, guide: Any, x: Tensor, out: Path, loss: Any = None) -> dict[str, Any]:
+    """A run whose parameters stay what they were; what it needs to be judged."""
+    options: dict[str, Any] = {"epochs": 1, "batch_size": len(x), "loss": loss}
+    still = partial(torch.optim.SGD, lr=0.0)
+    pv.fit(model, guide, x, optimizer=still, out=out, pictures=False, progress=False, **options)
+    return {"run": out, "data": x, "model": model, "guide": guide}
+
+
+@pytest.fixture
+def hard(tmp_path) -> dict[str, Any]:
+    pair, guide, x = hard_pair(120)
+
+    def learned(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.zeros(()))
+        pair.model(x + shift)
+
+    return trained(learned, guide, x, tmp_path / "run")
+
+
+def test_a_run_is_evaluated_as_its_pair_is(hard):
+    found = EVALUATE(**hard)
+    assert found.annealed is not None
+    direct = pv.evaluate(
+        hard["model"], hard["guide"], hard["data"], num_particles=50, budget=1e6, **TINY
+    )
+    assert found.value.equal(direct.value)
+    said = json.loads((hard["run"] / "evidence.json").read_text())
+    assert said["log_evidence"] == found.mean
+    assert said["num_annealed"] == len(found.rows)
+    assert said["mean_standard_error"] == found.mean_standard_error
+    with np.load(hard["run"] / "evidence.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["value"], found.value.numpy())
+        np.testing.assert_array_equal(file["annealed_rows"], found.rows.numpy())
+    assert (hard["run"] / "trust.png").stat().st_size > 1000
+    page = write_report(hard["run"]).read_text()
+    assert "What of it can be trusted" in page
+    assert "were annealed" in page
+
+
+def test_two_runs_are_compared_by_the_errors_that_were_found(hard, tmp_path):
+    options: dict[str, Any] = {"num_particles": 50, "budget": 3.0, "progress": False, **TINY}
+    found = pv.evaluate_run(**hard, **options)
+    assert found.shared_error > 0
+    compared = pv.compare_runs({"a": hard["run"], "b": hard["run"]})
+    assert compared.estimates["a"].mean_standard_error == found.mean_standard_error
+    assert compared.estimates["a"].shared_error == found.shared_error
+    assert compared.differences["b"].estimator_error == pytest.approx(
+        2**0.5 * found.mean_standard_error
+    )
+
+
+def test_a_killed_evaluation_of_a_run_goes_on(hard, monkeypatch):
+    never_stopped = EVALUATE(**hard)
+    for file in (hard["run"] / "evaluation").iterdir():
+        file.unlink()
+    write = ArrayFolder.__setitem__
+
+    def once(self: ArrayFolder, key: str, value: Tensor) -> None:
+        write(self, key, value)
+        if not key.endswith("probe"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayFolder, "__setitem__", once)
+        with pytest.raises(KeyboardInterrupt, match=r"kept in .*evaluation, and the same call"):
+            EVALUATE(**hard)
+    files = sorted((hard["run"] / "evaluation").glob("weights-*-0.npy"))
+    written = files[0].stat().st_mtime_ns
+    resumed = EVALUATE(**hard)
+    assert files[0].stat().st_mtime_ns == written
+    assert resumed.value.equal(never_stopped.value)
+    # A damaged block is computed again; blocks of other options are thrown away.
+    files[0].write_bytes(b"no array")
+    assert EVALUATE(**hard).value.equal(never_stopped.value)
+    before = set((hard["run"] / "evaluation").iterdir())
+    EVALUATE(**hard, seed=5)
+    assert not before & set((hard["run"] / "evaluation").iterdir())
+
+
+def test_a_full_disk_does_not_stop_an_evaluation(tmp_path):
+    folder = ArrayFolder(tmp_path / "file")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match=r"The evaluation goes on"):
+        folder["a"] = torch.zeros(3)
+    assert "a" not in folder
+    assert dict(folder) == {}
+
+
+def test_the_command_line_says_what_could_not_be_annealed(tmp_path, capsys):
+    model, guide, (x,) = bernoulli_latents()
+    run = trained(model, guide, x, tmp_path / "run", pv.ReweightedWakeSleep(2))
+    found = pv.evaluate_run(**run, num_particles=8, budget=1e9, progress=False)
+    assert "annealing can't be had" in found.advice
+    said = json.loads((tmp_path / "run" / "evidence.json").read_text())
+    assert said["advice"] == found.advice
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "run"), "--budget", "-1"])
+    assert "expected a number of at least 0, got '-1'" in capsys.readouterr().err
+
+
+def test_progress_says_what_is_done_and_how_long_it_takes(hard, monkeypatch, capsys):
+    monkeypatch.setattr("pyro_vae.runs.progress.INTERVAL", 0.0)
+    pv.evaluate_run(**hard, num_particles=50, budget=1e6, **TINY)
+    told = capsys.readouterr().err
+    assert "weighing 120 data: 6000/6000 weights, about" in told
+    assert "annealing: " in told
+    assert "left" in told
