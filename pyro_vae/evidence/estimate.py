@@ -34,6 +34,7 @@ class Estimate:
         pareto_k: The shape of the tail of the weights, ``(N,)``: see ``pareto_k``. None where the
             estimator has no weights.
         kind: The estimator in words, by which ``compare`` refuses a mixture.
+        caveat: Why no datum is to be trusted, whatever its weights look like; in words.
 
     Example:
         >>> columns = torch.tensor([[-1.0, -3.0], [0.3, 0.4], [9.0, 8.0], [-2.0, -4.0]]).double()
@@ -50,6 +51,7 @@ class Estimate:
     data: str = ""
     pareto_k: Tensor | None = None
     kind: str = "importance weighting"
+    caveat: str = ""
 
     @property
     def mean(self) -> float:
@@ -128,6 +130,8 @@ class Estimate:
         """
         enough = self.ess >= min(FEWEST_EFFECTIVE, self._num_weights / 2)
         enough = enough & self.standard_error.isfinite() & self.value.isfinite()
+        if self.caveat:
+            return torch.zeros_like(enough)
         if self.pareto_k is None or not self._has_tail:
             return enough
         k = torch.maximum(self.pareto_k, pooled(self.pareto_k, self._num_weights))
@@ -142,6 +146,8 @@ class Estimate:
     def advice(self) -> str:
         """Which data are not to be trusted, and what to do about them, in words."""
         size, bad = len(self.value), ~self.trusted
+        if self.caveat:
+            return f"None of {size} data is to be trusted: {self.caveat}"
         if not bad.any():
             checked = self.pareto_k is not None and self._has_tail
             by = "" if checked else ", as far as the effective sample size tells"

@@ -33,6 +33,7 @@ from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.kept import Kept, KeptBlocks
 from pyro_vae.evidence.pareto import Tail
+from pyro_vae.evidence.reach import out_of_reach
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
@@ -197,7 +198,8 @@ def log_evidence(
         pareto_k[rows] = block[-1]
     estimate = sums.estimate(num_particles, fingerprint(args))
     kind = f"Pareto-smoothed {estimate.kind}" if smooth else estimate.kind
-    return replace(estimate, pareto_k=pareto_k, kind=kind)
+    caveat = out_of_reach(model, guide, args, data_plate)
+    return replace(estimate, pareto_k=pareto_k, kind=kind, caveat=caveat)
 
 
 class Sums:

@@ -24,6 +24,7 @@ from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.importance import Sums
 from pyro_vae.evidence.pareto import Tail
+from pyro_vae.evidence.reach import out_of_reach
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
@@ -89,6 +90,8 @@ class UpperBound(Estimate):
         """What to make of it, in words."""
         size, count = len(self.value), int((~self.trusted).sum())
         power = f"w^{self.order:g}"
+        if self.caveat:
+            return f"No upper bound for any of {size} data: {self.caveat}"
         if not count:
             return (
                 f"The average of {power} has settled for all {size} data: upper bounds, as far as "
@@ -215,4 +218,5 @@ def upper_bound(
         order=float(order),
         lower=of_weights.value,
         pareto_k=torch.cat(shapes),
+        caveat=out_of_reach(model, guide, args, data_plate),
     )

@@ -6,6 +6,7 @@
 ``checkpoint.pt``    the whole state of training; loaded without executing anything in it
 ``examples.npz``     some test data, so that pictures can be drawn from this folder alone
 ``evidence.json``    the last evaluation; ``evidence.npz`` holds it per datum
+``evaluation/``      its finished blocks of data, so that one that was killed goes on
 ``*.png``            pictures
 ``report.html``      all of it on one page
 ===================  ==========================================================================
