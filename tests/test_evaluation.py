@@ -171,7 +171,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(after):
     )
     assert told[0] == ("weighing", min(50 * 100 * after, 50 * 250), 50 * 250)
     assert told[-1][0] == "annealing"
-    assert told[-1][1] == told[-1][2] == len(resumed.rows) * 4 * 5
+    assert told[-1][1] == told[-1][2] == len(resumed.rows) * 4 * (5 + 4 * 5)
     for name in ("value", "standard_error", "pareto_k", "rows"):
         assert getattr(resumed, name).equal(getattr(never_stopped, name))
     assert resumed.to_dict() == never_stopped.to_dict()

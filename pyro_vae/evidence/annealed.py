@@ -67,8 +67,8 @@ def ais(
         seed: Seed of all noise; the caller's random state is left alone.
         data_plate: Name of the plate over the data; see ``log_weights``.
         compile: Compute densities and gradients by one compiled kernel; see ``log_weights``.
-        progress: Called after each move with the number of chain-data that moved, K N (T - 1) in
-            all.
+        progress: Called after each move, and after the pilot run of a block, with the number of
+            chain-data that moved.
         kept: A mapping in which finished blocks of data are kept; see ``log_evidence``.
 
     Returns:
@@ -98,14 +98,16 @@ def ais(
     store.forget_others(model, guide, moved, data_plate)
     finished = store.finished(-(-data_size(moved) // DATA_BLOCK))
     if kept is not None and progress is not None:
-        progress(sum(part.shape[1] for part in finished.values()) * num_chains * plan.moves)
+        device = device_of(model, guide)
+        pilot = chain_blocks(num_chains, device)[0]
+        progress(plan.steps(sum(p.shape[1] for p in finished.values()), num_chains, pilot=pilot))
     for index, block in enumerate(data_blocks(moved)):
         with at_rest(model, guide):
             pair = Pair(model, guide, block, data_plate)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
         if index not in finished:
-            path = AnnealingPath(pair, targets, plan, index, pilot)
+            path = AnnealingPath(pair, targets, plan, index, pilot, progress)
             finished[index] = tally.columns(
                 [path.up(chains, number, progress) for number, chains in enumerate(sizes)]
             )

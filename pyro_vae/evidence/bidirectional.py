@@ -110,8 +110,8 @@ def bidirectional(
         seed: Seed of all noise; the caller's random state is left alone.
         data_plate: Name of the plate over the data; see ``log_weights``.
         compile: Compute densities and gradients by one compiled kernel; see ``log_weights``.
-        progress: Called after each move with the number of chain-data that moved, 2 K N (T - 1) in
-            all.
+        progress: Called after each move, and after the pilot run of a block, with the number of
+            chain-data that moved.
 
     Returns:
         Both bounds and the simulated data.
@@ -144,7 +144,7 @@ def bidirectional(
         simulated.append(block)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
-        path = AnnealingPath(pair, targets, plan, index, pilot)
+        path = AnnealingPath(pair, targets, plan, index, pilot, progress)
         lower.walked([path.up(chains, number, progress) for number, chains in enumerate(sizes)])
         space, _ = targets(pair, sizes[0])
         u = space.flat(exact)

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.context import device_of
 from pyro_vae.evidence.annealed import ais
 from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.evidence.kept import Kept
-from pyro_vae.evidence.path import CHAIN_BLOCK, check_plan
+from pyro_vae.evidence.path import chain_blocks, check_plan
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
 from pyro_vae.inference.handlers import Program
@@ -109,7 +110,7 @@ def evaluate(
         kept=kept,
     )
     untrusted = (~weighted.trusted).nonzero().squeeze(1)
-    pilot = min(num_chains, CHAIN_BLOCK["cpu"])
+    pilot = chain_blocks(num_chains, device_of(model, guide))[0]
     price = PASSES * plan.gradients(1, num_chains, pilot=pilot) / (size * num_particles)
     count = min(len(untrusted), math.floor(budget / price + 1e-9))
     if count < min(2, len(untrusted)):  # one of several has no spread, and so no error
@@ -133,7 +134,9 @@ def evaluate(
                 seed=seed,
                 data_plate=data_plate,
                 compile=compile,
-                progress=_counting(progress, "annealing", count * num_chains * plan.moves),
+                progress=_counting(
+                    progress, "annealing", plan.steps(count, num_chains, pilot=pilot)
+                ),
                 kept=kept,
             )
         except ValueError as error:  # what weighting found must not be lost with it

@@ -90,6 +90,10 @@ class Plan:
         """Number of moves in the pilot run."""
         return (self.places + 3) * self.pilot_moves if self.moves else 0
 
+    def steps(self, size: int, chains: int, *, pilot: int) -> int:
+        """Moves of all chains and data, those of the pilot run too; see ``gradients``."""
+        return size * (chains * self.moves + pilot * self.trials)
+
     def gradients(self, size: int, chains: int, *, pilot: int) -> int:
         """Evaluations of the gradient for so many data and chains.
 
@@ -225,9 +229,18 @@ class AnnealingPath:
         plan: What is asked.
         index: The number of the block, which seeds its noise.
         chains: Number of chains of the pilot run.
+        progress: Told the number of chain-data that it moved.
     """
 
-    def __init__(self, pair: Pair, targets: Targets, plan: Plan, index: int, chains: int) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        targets: Targets,
+        plan: Plan,
+        index: int,
+        chains: int,
+        progress: Progress | None = None,
+    ) -> None:
         self.pair, self.targets, self.plan, self.index = pair, targets, plan, index
         self._kinetics: list[Kinetics] = []
         count = plan.places
@@ -246,6 +259,8 @@ class AnnealingPath:
                 count=plan.leapfrog_steps,
                 moves=plan.pilot_moves,
             )
+        if progress is not None:
+            progress(chains * data_size(pair.args) * plan.trials)
 
     def up(self, chains: int, number: int, progress: Progress | None = None) -> Walk:
         """Chains from draws of the guide to the posterior; ``number`` seeds them."""
