@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HEAD = """# Results
+RESULTS = """# Results
 
 Measured figures with their protocols. This page is written by `experiments/tables.py` from the
 files in `docs/results/`, which the experiments leave as `results.json` in their run directories.
@@ -19,9 +19,8 @@ files in `docs/results/`, which the experiments leave as `results.json` in their
 "Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
 standard error of the mean as an estimate for new data. Figures of others are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
-together; "bias" is about how far log p(x) is too low.
+together; "bias" is about how far log p(x) is too low. Nats are per datum.
 """
-
 
 EVIDENCE = """# What the estimators of evidence say
 
@@ -29,9 +28,22 @@ Measured figures for [evidence.md](evidence.md), with seed, budget and time. Thi
 `experiments/tables.py` from the files in `docs/evidence/`.
 """
 
+HEADS = {
+    "log_evidence": "log p(x)",
+    "mean_standard_error": "+- estimator",
+    "sampling_error": "+- test set",
+    "elbo": "ELBO",
+    "bits_per_dim": "bits per dimension",
+}
 
-def section(name: str, figures: dict[str, Any]) -> str:
-    """One experiment: its figure beside those of others, then its protocol."""
+ELSEWHERE = {"title", "protocol", "machine", "versions", "rows", "as_reported"}
+
+# A table in Markdown, line by line, and what is to be known besides.
+Section = tuple[list[str], dict[str, str]]
+
+
+def single(figures: dict[str, Any]) -> Section:
+    """One experiment: its figure beside those of others."""
     rows = [
         f"| **pyro_vae** | **{figures['log_evidence']:.2f}** | "
         f"{figures['mean_standard_error']:.4f} | {figures['sampling_error']:.2f} |"
@@ -39,7 +51,6 @@ def section(name: str, figures: dict[str, Any]) -> str:
     rows += [
         f"| {who} | {value:.2f} | | |" for who, value in figures.get("as_reported", {}).items()
     ]
-    machine, versions = figures["machine"], figures["versions"]
     facts = {
         "ELBO of the test data": f"{figures['elbo']:.2f} nats",
         "best validation ELBO": f"{figures['best_valid_elbo']:.2f} nats, epoch "
@@ -49,33 +60,74 @@ def section(name: str, figures: dict[str, Any]) -> str:
         "training": f"{figures['train_seconds']:,.0f} s on {figures['num_train']:,} data",
         "evaluation": f"{figures['seconds']:,.0f} s on {figures['num_test']:,} data",
         "seed": str(figures["seed"]),
-        "machine": f"{machine['processor']}, {machine['cores']} cores, {machine['device']}",
-        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
-        **{f"protocol: {key}": text for key, text in figures["protocol"].items()},
+        **where(figures),
+        **protocol(figures),
     }
     if "bias" in figures:
         facts["bias of the estimator"] = f"about {figures['bias']:.3f} nats (to second order)"
     if "bits_per_dim" in figures:
         facts["bits per dimension"] = f"{figures['bits_per_dim']:.4f}"
-    return "\n".join(
-        [
-            f"## {figures['title']}",
-            "",
-            "| | log p(x), nats per datum | +- estimator | +- test set |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {text} |" for key, text in facts.items()),
-            "",
-            f"Figures: [results/{name}.json](results/{name}.json)",
-            "",
-        ]
-    )
+    head = "| | log p(x), nats per datum | +- estimator | +- test set |"
+    return [head, "|---" * 4 + "|", *rows], facts
 
 
-def comparison(name: str, figures: dict[str, Any]) -> str:
+def free(figures: dict[str, Any]) -> Section:
+    """Rows of any figures, as pv.Results keeps them; what was published stands beside ours."""
+    published = dict(figures.get("as_reported", {}))
+    rows = []
+    for row in figures["rows"]:
+        beside = row.get("as_reported", published.pop(row["name"], None))
+        rows.append({**cells(row), "as_reported": said("as_reported", beside)})
+    rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "as_reported"))
+    keys = [key for key in (*keys, "as_reported") if any(row.get(key) for row in rows)]
+    head = ["" if key == "name" else HEADS.get(key, key.replace("_", " ")) for key in keys]
+    facts = {key.replace("_", " "): fact for key, fact in cells(figures).items() if fact}
+    facts = protocol(figures) | facts | where(figures)
+    for row in figures["rows"]:
+        facts |= {f"{key} of {row['name']}": fact for key, fact in where(row).items()}
+    return markdown(head, [[row.get(key, "") for key in keys] for row in rows]), facts
+
+
+def cells(figures: dict[str, Any]) -> dict[str, str]:
+    """What fits into cells: figures with an error as one; curves are left to the picture."""
+    found: dict[str, str] = {}
+    for key, value in figures.items():
+        if key in ELSEWHERE or isinstance(value, list):
+            continue
+        if isinstance(value, dict) and "value" in value:
+            error = value.get("standard_error", value.get("error"))
+            found[key] = said(key, value["value"])
+            found[key] += "" if error is None else f" +- {said(key, error)}"
+        elif isinstance(value, dict):
+            found |= cells({f"{key} {inner}": of for inner, of in value.items()})
+        elif key in ("of", "of_epochs") and "epochs" in found:
+            found["epochs"] += f" of {said(key, value)}"
+        else:
+            found[key] = said(key, value)
+    return found
+
+
+def said(key: str, value: Any) -> str:
+    """A figure as it is printed."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{said('', of)} ({who})" for who, of in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if "seed" not in key else str(value)
+    if not isinstance(value, float):
+        return str(value).replace("|", "\\|")
+    if "bits" in key:
+        return f"{value:.4f}"
+    if "seconds" in key and abs(value) >= 10:
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def comparison(figures: dict[str, Any]) -> Section:
     """Swaps that were trained on the same data: paired differences to the first."""
     rows = figures["rows"]
     with_bits = any(row["bits_per_dim"] is not None for row in rows)
@@ -91,10 +143,7 @@ def comparison(name: str, figures: dict[str, Any]) -> str:
         lines.append([*cells, *paired, *bits, f"{row['epochs']}"])
     head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
     head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs"]
-    facts = {f"protocol: {key}": text for key, text in figures["protocol"].items()}
-    if "machine" in figures:
-        machine = figures["machine"]
-        facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    facts = protocol(figures) | where(figures, versions=False)
     if "annealed" in figures:
         more = figures["annealed"]
         facts[f"{more['name']} by annealing, {more['num_data']} test data"] = (
@@ -112,27 +161,12 @@ def comparison(name: str, figures: dict[str, Any]) -> str:
             f"{cost['amortization_error']:.2f} amortization: what a diagonal normal of each "
             "datum's own gains"
         )
-    return "\n".join(
-        [
-            f"## {figures['title']}",
-            "",
-            "| " + " | ".join(head) + " |",
-            "|---" * len(head) + "|",
-            *("| " + " | ".join(line) + " |" for line in lines),
-            "",
-            f"![{figures['title']}](results/{name}.png)",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {text} |" for key, text in facts.items()),
-            "",
-            f"Figures: [results/{name}.json](results/{name}.json)",
-            "",
-        ]
-    )
+    for who, value in figures.get("as_reported", {}).items():
+        facts[f"as reported: {who}"] = said("", value)
+    return markdown(head, lines), facts
 
 
-def estimators(name: str, figures: dict[str, Any]) -> str:
+def estimators(figures: dict[str, Any]) -> Section:
     """What several estimators say of one pair."""
     known = {"what", "budget", "seconds", "value", "error"}
     lines = []
@@ -146,10 +180,10 @@ def estimators(name: str, figures: dict[str, Any]) -> str:
             f"{line['budget']} | {seconds} | {more} |"
         )
     head = "| | nats per datum | +- estimator | budget | seconds | besides |"
-    return _with_protocol(name, figures, [head, "|---" * 6 + "|", *lines])
+    return [head, "|---" * 6 + "|", *lines], protocol(figures) | where(figures, versions=False)
 
 
-def foreign(name: str, figures: dict[str, Any]) -> str:
+def foreign(figures: dict[str, Any]) -> Section:
     """How well scores tell foreign images from a model's own."""
     own, *others = figures["sets"]
     scores = list(others[0]["auroc"])
@@ -167,50 +201,57 @@ def foreign(name: str, figures: dict[str, Any]) -> str:
             f"{found['ess_median']:.1f} | " + " | ".join(cells) + " |"
         )
     head = "| images | log p(x) | bits of a code | median ESS | " + " | ".join(scores) + " |"
-    figures["protocol"] |= {
-        "scores": "area under the ROC curve, 0.5 is chance",
-        "seed": str(figures["seed"]),
-        "time": f"{figures['seconds']:,.0f} s",
+    facts = protocol(figures) | {
+        "protocol: scores": "area under the ROC curve, 0.5 is chance",
+        "protocol: seed": str(figures["seed"]),
+        "protocol: time": f"{figures['seconds']:,.0f} s",
     }
-    return _with_protocol(name, figures, [head, "|---" * (4 + len(scores)) + "|", *lines])
+    table = [head, "|---" * (4 + len(scores)) + "|", *lines]
+    return table, facts | where(figures, versions=False)
 
 
-def _with_protocol(name: str, figures: dict[str, Any], table: list[str]) -> str:
-    facts = {f"protocol: {key}": text for key, text in figures["protocol"].items()}
+def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A table, line by line."""
+    rows = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+    return [rows[0], "|---" * len(head) + "|", *rows[1:]]
+
+
+def protocol(figures: dict[str, Any]) -> dict[str, str]:
+    """What has to be equal for figures to be comparable."""
+    return {f"protocol: {key}": said(key, of) for key, of in figures["protocol"].items()}
+
+
+def where(figures: dict[str, Any], *, versions: bool = True) -> dict[str, str]:
+    """The machine, and the versions of what decides numbers."""
+    facts = {}
     if "machine" in figures:
         machine = figures["machine"]
         facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
-    return "\n".join(
-        [
-            f"## {figures['title']}",
-            "",
-            *table,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {text} |" for key, text in facts.items()),
-            "",
-            f"Figures: [evidence/{name}.json](evidence/{name}.json)",
-            "",
-        ]
-    )
+    if versions and "versions" in figures:
+        facts["versions"] = ", ".join(
+            f"{of} {number}" for of, number in figures["versions"].items()
+        )
+    return facts
 
 
-def page(folder: Path) -> str:
-    """The page of results from the figures in a folder."""
-    return _page(HEAD, folder, lambda figures: comparison if "rows" in figures else section)
+def kind(figures: dict[str, Any]) -> Callable[[dict[str, Any]], Section]:
+    """What a file's figures are, by what only its kind has."""
+    kinds = {"baseline": comparison, "rows": free, "lines": estimators, "sets": foreign}
+    return next((write for mark, write in kinds.items() if mark in figures), single)
 
 
-def evidence_page(folder: Path) -> str:
-    """The page of the estimators from the figures in a folder."""
-    return _page(EVIDENCE, folder, lambda figures: estimators if "lines" in figures else foreign)
-
-
-def _page(head: str, folder: Path, writer_of: Callable[[dict[str, Any]], Any]) -> str:
+def page(head: str, folder: Path) -> str:
+    """A page of the figures in a folder."""
     sections = [head]
     for file in sorted(folder.glob("*.json")):
         figures = json.loads(file.read_text())
-        sections.append(writer_of(figures)(file.stem, figures))
+        table, facts = kind(figures)(figures)
+        path = f"{folder.name}/{file.stem}"
+        drawn = file.with_suffix(".png").is_file()
+        sections += [f"## {figures['title']}", "", *table, ""]
+        sections += [f"![{figures['title']}]({path}.png)", ""] if drawn else []
+        sections += ["| | |", "|---|---|", *(f"| {key} | {of} |" for key, of in facts.items()), ""]
+        sections += [f"Figures: [{path}.json]({path}.json)", ""]
     return "\n".join(sections)
 
 
@@ -221,8 +262,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     for name, text in (
-        ("results.md", page(docs / "results")),
-        ("evidence-results.md", evidence_page(docs / "evidence")),
+        ("results.md", page(RESULTS, docs / "results")),
+        ("evidence-results.md", page(EVIDENCE, docs / "evidence")),
     ):
         (docs / name).write_text(text)
         print(docs / name)
