@@ -27,7 +27,7 @@ NO_TRAINING = {"tables"}
 COMPARING = {"guides", "likelihoods", "priors"}
 COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
 # Those with tests of their own below.
-OF_THEIR_OWN = {"annealing", "full_bayes", "out_of_distribution"}
+OF_THEIR_OWN = {"annealing", "full_vb", "out_of_distribution"}
 EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING | COMPARING | OF_THEIR_OWN]
 
 
@@ -99,24 +99,6 @@ def test_a_comparison_runs_and_leaves_its_figures(script, monkeypatch, tmp_path,
     assert {"title", "protocol", "machine", "baseline"} <= set(figures)
     assert (out / "comparison.png").is_file()
     assert str(out / "results.json") in said
-
-
-def test_full_bayes_compares_all_ways_on_every_number_of_data(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "run"
-    run(FOLDER / "full_bayes.py", monkeypatch, "--smoke", "--out", str(out))
-    figures = json.loads((out / "results.json").read_text())
-    assert [row["num_train"] for row in figures["rows"]] == [25, 50]
-    for row in figures["rows"]:
-        assert row["bound"] <= row["tighter_bound"]
-        for way in ("full", "point", "stopped"):
-            assert math.isfinite(row[way]["log_density"])
-            assert row[way]["mean_standard_error"] > 0
-        gain = row["full"]["log_density"] - row["point"]["log_density"]
-        assert row["point"]["full_minus_this"] == pytest.approx(gain)
-    assert {"protocol", "seed", "num_test", "num_global", "num_particles"} <= set(figures)
-    said = capsys.readouterr().out
-    assert f"| 50 | {figures['rows'][1]['bound']:.2f} +- " in said
-    assert (out / "full_bayes.png").stat().st_size > 1000
 
 
 def test_the_pair_for_binarized_mnist_is_trained_and_judged_on_any_bits():

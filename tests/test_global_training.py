@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "full_bayes.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "full_vb.py"))
 
 # --- minibatches of a conjugate model
 
@@ -134,7 +134,7 @@ def test_minibatches_find_the_posterior_of_the_whole_set(scaled_globals):
     assert abs(log_w.logsumexp(0) - torch.tensor(20.0).log() - exact_evidence) < 0.2
 
 
-# --- the weights of a decoder: the pair of experiments/full_bayes.py
+# --- the weights of a decoder: the pair of experiments/full_vb.py
 
 
 def digits(size: int) -> Tensor:
