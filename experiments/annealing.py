@@ -10,8 +10,9 @@ two gaps of the bound. Each line has its budget, its time and its error.
 
 import argparse
 import json
+import math
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,93 +47,149 @@ def floor(model: nn.Module, rows: int) -> float:
     return rows / sorted(times)[len(times) // 2]
 
 
-class Rows:
-    """The lines of the results, measured one after another."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def measure(self, what: str, budget: str, make: Callable[[], Any]) -> Any:
-        """Make something, and note how long it took."""
-        print(f"{what}: {budget}...", flush=True)
-        started = time.perf_counter()
-        result = make()
-        seconds = time.perf_counter() - started
-        self.rows.append({"what": what, "budget": budget, "seconds": seconds})
-        return result
-
-    def note(self, value: float, error: float, **more: float) -> None:
-        """What was measured last, in nats per datum, with its standard error."""
-        row = self.rows[-1]
-        row |= {"value": value, "error": error, **more}
-        print(f"  {value:.3f} +- {error:.3f} nats per datum, {row['seconds']:.0f} s", flush=True)
-
-
-def judge(run: Path, x: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every line of the results."""
+def judge(run: Path, data: pv.Split, results: pv.Results, args: argparse.Namespace) -> None:
+    """Every row that is not there yet."""
     model, guide = pv.load(run)
+    # The data that evaluate_run judges, too.
+    rows = torch.linspace(0, len(data.test) - 1, min(args.images, len(data.test))).round().long()
+    x = data.test[rows]
     options: dict[str, Any] = {
         "num_chains": args.num_chains,
         "temperatures": args.temperatures,
         "leapfrog_steps": args.leapfrog_steps,
         "seed": args.seed,
     }
-    chains = f"{args.num_chains} chains, {args.temperatures} temperatures, " + (
-        f"{args.leapfrog_steps} leapfrog steps"
-    )
-    rows = Rows()
-    weighted = rows.measure(
-        "importance weighting",
-        f"{args.num_particles} particles",
-        lambda: pv.evaluate_run(
+    chains = f"{args.num_chains} chains, {args.temperatures} temperatures, "
+    walk = f"{chains}{args.leapfrog_steps} leapfrog steps"
+
+    def put(name: str, value: float, error: float, budget: str, **more: Any) -> None:
+        figures = {"nats per datum": {"value": value, "standard_error": error}, "budget": budget}
+        results.put(name, **figures, **more)
+        print(f"{name}: {value:.3f} +- {error:.3f} nats per datum", flush=True)
+
+    def annealed(name: str, start: Any) -> tuple[pv.ChainEstimate, float]:
+        """An estimate by chains, whose blocks are kept for the next call of this script."""
+        file = run / f"{name.replace(' ', '-')}.pt"
+        kept = torch.load(file) if file.exists() else {}
+        started = time.perf_counter()
+        found = pv.ais(model, start, x, **options, kept=kept)
+        seconds = time.perf_counter() - started
+        torch.save(kept, file)
+        return found, seconds
+
+    weighted = pv.log_evidence(model, guide, x, num_particles=args.num_particles, seed=args.seed)
+    by_chains, seconds = annealed("annealing from the guide", guide)
+    if "importance weighting" not in results:
+        started = time.perf_counter()
+        pv.log_evidence(model, guide, x, num_particles=args.num_particles, seed=args.seed)
+        put(
+            "importance weighting",
+            weighted.mean,
+            weighted.mean_standard_error,
+            f"{args.num_particles} particles",
+            seconds=time.perf_counter() - started,
+            untrusted=weighted.untrusted,
+        )
+    if "annealing from the guide" not in results:
+        put(
+            "annealing from the guide",
+            by_chains.mean,
+            by_chains.mean_standard_error,
+            walk,
+            seconds=seconds,
+            acceptance=by_chains.acceptance.mean().item(),
+        )
+        more = pv.compare(by_chains, weighted, different_kinds=True)
+        put("more than importance weighting", more.mean, more.estimator_error, "paired")
+    if "annealing from the prior" not in results:
+        found, seconds = annealed("annealing from the prior", pv.from_prior(model))
+        put(
+            "annealing from the prior",
+            found.mean,
+            found.mean_standard_error,
+            walk,
+            seconds=seconds,
+        )
+    if "gap of the bounds from both sides" not in results:
+        started = time.perf_counter()
+        bounds = pv.bidirectional(model, guide, x, **options)
+        put(
+            "gap of the bounds from both sides",
+            bounds.mean_gap,
+            bounds.mean_standard_error,
+            f"{walk}; simulated data",
+            seconds=time.perf_counter() - started,
+            largest=bounds.gap.max().item(),
+        )
+    if "amortization gap" not in results:
+        started = time.perf_counter()
+        gaps = pv.gaps(model, guide, x, log_evidence=by_chains, steps=args.steps, seed=args.seed)
+        seconds = time.perf_counter() - started
+        for name, part in (
+            ("approximation gap", gaps.approximation),
+            ("amortization gap", gaps.amortization),
+        ):
+            put(
+                name,
+                part.mean,
+                part.mean_standard_error,
+                f"{args.steps} steps of refinement, for both gaps",
+                seconds=seconds,
+                test_set_error=part.sampling_error,
+            )
+    if args.evaluate and "evaluation" not in results:
+        found = pv.evaluate_run(
             run,
+            data=data,
             num_particles=args.num_particles,
-            budget=0.0,
-            limit=len(x),
+            budget=math.inf,
+            limit=args.evaluate,
+            num_chains=args.num_chains,
+            temperatures=args.temperatures,
+            leapfrog_steps=args.evaluate_leapfrog_steps,
             seed=args.seed,
-            progress=False,
-        ),
+        )
+        seconds = json.loads((run / "evidence.json").read_text())["seconds"]
+        put(
+            "evaluation",
+            found.mean,
+            found.mean_standard_error,
+            f"{len(found.value):,} images, {args.num_particles} particles; {len(found.rows):,} of "
+            f"them by {chains}{args.evaluate_leapfrog_steps} leapfrog steps",
+            seconds=seconds,
+            test_set_error=found.sampling_error,
+            gain={"value": found.missing, "standard_error": found.to_dict()["missing_error"]},
+        )
+    if "gradients" not in results:
+        speed(model, guide, x, results, args)
+
+
+def speed(model: Any, guide: Any, x: Tensor, results: pv.Results, args: argparse.Namespace) -> None:
+    """Gradients a second, in turns with the matrix products that are the least they take."""
+    x = x[:50]
+    options: dict[str, Any] = {"num_chains": args.num_chains, "leapfrog_steps": args.leapfrog_steps}
+
+    def timed(temperatures: int) -> tuple[int, float]:
+        started = time.perf_counter()
+        found = pv.ais(
+            model, guide, x, temperatures=temperatures, compile=not args.smoke, **options
+        )
+        return found.gradients, time.perf_counter() - started
+
+    rates, shares = [], []
+    for _ in range(1 if args.smoke else 7):
+        least = floor(model, rows=len(x) * min(args.num_chains, 16))
+        # What is loaded and set up by each call is in both, and not in their difference.
+        (fewer, short), (more, long) = timed(2), timed(3 if args.smoke else 50)
+        rates.append((more - fewer) / (long - short))
+        shares.append(rates[-1] / least)
+    results.put(
+        "gradients",
+        budget=f"{len(x)} images, {args.num_chains} chains, {torch.get_num_threads()} threads; "
+        f"median of {len(rates)} rounds in turns with the products alone",
+        gradients_per_second=statistics.median(rates),
+        share_of_the_products_alone=statistics.median(shares),
     )
-    rows.note(weighted.mean, weighted.mean_standard_error, untrusted=weighted.untrusted)
-    annealed = rows.measure(
-        "annealing from the guide", chains, lambda: pv.ais(model, guide, x, **options)
-    )
-    rate = annealed.gradients / rows.rows[-1]["seconds"]
-    least = floor(model, rows=min(len(x), 100) * min(args.num_chains, 16))
-    rows.note(
-        annealed.mean,
-        annealed.mean_standard_error,
-        acceptance=annealed.acceptance.mean().item(),
-        gradients_per_second=rate,
-        share_of_floor=rate / least,
-    )
-    difference = pv.compare(annealed, weighted, different_kinds=True)
-    rows.rows.append(
-        {"what": "  more than importance weighting", "budget": "paired", "seconds": 0.0}
-    )
-    rows.note(difference.mean, difference.estimator_error)
-    from_prior = rows.measure(
-        "annealing from the prior",
-        chains,
-        lambda: pv.ais(model, pv.from_prior(model), x, **options),
-    )
-    rows.note(from_prior.mean, from_prior.mean_standard_error)
-    bounds = rows.measure(
-        "gap of the bounds from both sides, simulated data",
-        chains,
-        lambda: pv.bidirectional(model, guide, x, **options),
-    )
-    rows.note(bounds.mean_gap, bounds.mean_standard_error, largest=bounds.gap.max().item())
-    gaps = rows.measure(
-        "approximation gap",
-        f"{args.steps} steps of refinement",
-        lambda: pv.gaps(model, guide, x, log_evidence=annealed, steps=args.steps, seed=args.seed),
-    )
-    for name, part in (("approximation", gaps.approximation), ("amortization", gaps.amortization)):
-        if name == "amortization":
-            rows.rows.append({"what": "amortization gap", "budget": "the same", "seconds": 0.0})
-        rows.note(part.mean, part.mean_standard_error, sampling_error=part.sampling_error)
-    return rows.rows
 
 
 def main() -> None:
@@ -152,6 +209,8 @@ def main() -> None:
     parser.add_argument("--num-chains", type=int, default=16)
     parser.add_argument("--temperatures", type=int, default=1000)
     parser.add_argument("--leapfrog-steps", type=int, default=10)
+    parser.add_argument("--evaluate", type=int, help="so many images by pv.evaluate, too")
+    parser.add_argument("--evaluate-leapfrog-steps", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of the refinement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
@@ -160,6 +219,7 @@ def main() -> None:
         args.epochs, args.images, args.num_particles, args.steps = 2, 5, 50, 5
         args.hidden_dims, args.latent_dim = [8], 2
         args.num_chains, args.temperatures, args.leapfrog_steps = 2, 4, 1
+        args.evaluate, args.evaluate_leapfrog_steps = 10, 1
 
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
@@ -177,25 +237,22 @@ def main() -> None:
         out=run,
         resume=(run / "config.json").exists(),
     )
-    # The data that evaluate_run judges, too.
-    rows = torch.linspace(0, len(data.test) - 1, min(args.images, len(data.test))).round().long()
-    lines = judge(run, data.test[rows], args)
-    results = {
-        "title": f"Evidence of a pair for {data.name}, {args.latent_dim} latent dimensions",
-        "protocol": {
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"Evidence of a pair for {data.name}, {args.latent_dim} latent dimensions",
+        protocol={
             "data": data.summary(),
             "pair": f"N(0, I) prior in {args.latent_dim} dimensions, softplus layers "
             f"{args.hidden_dims} on each side, Bernoulli likelihood, diagonal normal guide",
             "training": f"Monte Carlo ELBO, one particle, {args.epochs} epochs, batch "
             f"{args.batch_size}, Adam, parameters of the best validation bound",
-            "judged": f"{len(rows)} test data, spread evenly",
-            "seed": str(args.seed),
+            "judged": f"{args.images} test data, spread evenly, where nothing else is said",
+            "chains": f"{args.num_chains} with {args.temperatures} temperatures and "
+            f"{args.leapfrog_steps} leapfrog steps; {args.num_particles} particles",
+            "seed": args.seed,
         },
-        "machine": json.loads((run / "evidence.json").read_text())["machine"],
-        "lines": lines,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    )
+    judge(run, data, results, args)
     print(f"figures: {args.out / 'results.json'}")
 
 

@@ -248,9 +248,9 @@ def main() -> None:
             "model": f"N(0, I) prior in {args.latent_dim} dimensions, one layer of {args.hidden} "
             "softplus units on each side, Bernoulli likelihood, diagonal normal guide",
             "full": "weights N(0, 1 / fan-in), biases N(0, 1), diagonal normal q(theta)",
-            "training": f"about {args.epochs * args.steps} steps of Adam, batch {BATCH}, learning rate "
-            "2e-3 with cosine schedule, a tenth of KL warm-up, ELBO by Monte Carlo, one particle; "
-            "'stopped' is the point estimate at its best bound of the "
+            "training": f"about {args.epochs * args.steps} steps of Adam, batch {BATCH}, learning "
+            "rate 2e-3 with cosine schedule, a tenth of KL warm-up, ELBO by Monte Carlo, one "
+            "particle; 'stopped' is the point estimate at its best bound of the "
             f"{len(data.valid)} validation data, the others see training data alone",
             "evaluation": f"{min(args.num_test, len(data.test))} test data; {args.num_global} "
             f"draws of the weights with {args.num_particles} particles each, point estimates with "

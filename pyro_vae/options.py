@@ -54,7 +54,8 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
         "--budget",
         type=_share,
         default=1.0,
-        help="what annealing the untrusted data may cost, in units of weighting all; 0: none",
+        help="what annealing of untrusted data may cost, in units of weighting all data; 0: none, "
+        "inf: whatever it takes",
     )
     evaluate.add_argument("--num-chains", type=_positive, default=16, help="chains per datum")
     evaluate.add_argument(
@@ -167,7 +168,7 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
+    if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 

@@ -65,7 +65,7 @@ def evaluate(
         args: What both take; see ``log_weights``.
         num_particles: Number of importance weights K per datum.
         budget: What annealing may cost, in units of what weighting costs, N K passes through the
-            decoder; a gradient counts three. 0 anneals nothing.
+            decoder; a gradient counts three. 0 anneals nothing, ``math.inf`` all of them.
         num_chains: Number of annealed chains per datum.
         temperatures: Number of steps of each, or a schedule; see ``ais``.
         leapfrog_steps: Leapfrog steps of each move.
@@ -112,7 +112,7 @@ def evaluate(
     untrusted = (~weighted.trusted).nonzero().squeeze(1)
     pilot = chain_blocks(num_chains, device_of(model, guide))[0]
     price = PASSES * plan.gradients(1, num_chains, pilot=pilot) / (size * num_particles)
-    count = min(len(untrusted), math.floor(budget / price + 1e-9))
+    count = math.floor(min(len(untrusted), budget / price + 1e-9))
     if count < min(2, len(untrusted)):  # one of several has no spread, and so no error
         count = 0
     order = torch.randperm(len(untrusted), generator=torch.Generator().manual_seed(seed))

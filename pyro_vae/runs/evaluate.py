@@ -117,6 +117,10 @@ def evaluate_run(
         ) from stop
     finally:
         told.close()
+        seconds = time.perf_counter() - started
+        if told.restored and "seconds" in blocks:
+            seconds += blocks["seconds"].item()
+        blocks["seconds"] = torch.tensor(seconds)
     blocks.drop_unused()
     jacobian = data.log_jacobian if isinstance(data, Split) else 0.0
     found = found.plus(jacobian)
@@ -126,7 +130,7 @@ def evaluate_run(
         **_figures(found, data),
         "seed": seed,
         "budget": budget,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,  # of all calls that it took
         "machine": machine(target),
         "preparation": list(data.preparation) if isinstance(data, Split) else [],
         "versions": versions(),
@@ -151,17 +155,19 @@ class _Told:
     def __init__(self, size: int, *, shown: bool) -> None:
         self._size, self._shown = size, shown
         self._what, self._bar = "", Progress(0, what="", label="", shown=False)
+        self.restored = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self.close()
             self._what = what
+            self.restored |= done > 0  # what is told first was there before
             self._bar = Progress(
                 total,
                 what="weight" if what == "weighing" else "move",
                 label=f"{what} {self._size} data" if what == "weighing" else what,
                 shown=self._shown,
-                done=done,  # what is told first was there before
+                done=done,
             )
         self._bar.advance(done - self._bar.done)
 
