@@ -13,6 +13,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.context import at_rest, seeded
 from pyro_vae.inference.loop import Loop
 
 # --- the KL weight's schedule
@@ -179,6 +180,34 @@ def test_the_best_parameters_are_put_back():
     assert (loop.best["epoch"], loop.best["valid_elbo"]) == (1, bound)
     loop.restore_best()
     assert all(torch.equal(value, best[name]) for name, value in values(loop).items())
+
+
+def test_the_best_parameters_of_an_objective_of_weights_are_those_of_its_own_bound():
+    """A wide guide lowers the ELBO and raises the importance-weighted bound, so the two differ."""
+    loss = pv.ImportanceWeighted(20)
+    loop = loop_of(loss=loss, optimizer=sgd(1e-12))
+    assert loop.valid is not None
+    found = []
+    for _ in range(8):
+        with torch.no_grad():
+            last = list(loop.svi.guide.parameters())[-1]
+            last[len(last) // 2 :] += 0.3  # the biases of the scales
+        loop.run_epoch()
+        with at_rest(loop.svi.model, loop.svi.guide), seeded(loop.seed, "valid"):
+            terms = loop.svi.evaluate(*loop.valid)
+        found.append((-terms.loss.item(), loop.records[-1]["valid_elbo"]))
+    bounds, elbos = zip(*found, strict=True)
+    assert loop.best is not None
+    assert loop.best["epoch"] == 1 + bounds.index(max(bounds)) != 1 + elbos.index(max(elbos))
+    assert loop.best["valid_elbo"] == elbos[bounds.index(max(bounds))]
+
+
+def test_the_best_parameters_under_free_bits_are_those_of_the_elbo():
+    """Its loss counts a floor that is no rate: minus the loss is not the tighter bound."""
+    loop = loop_of(loss=pv.FreeBits(1000.0), optimizer=sgd(1e-12))
+    loop.run_epoch()
+    assert loop.best is not None
+    assert loop.best["bound"] == loop.records[0]["valid_elbo"]
 
 
 def test_without_validation_there_is_no_best():

@@ -247,6 +247,7 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         loss, distortion, rate = (self._sums / len(self.train[0])).tolist()
+        elbo, bound = self._valid_bounds() if self.valid is not None else (math.nan, math.nan)
         record: Record = {
             "epoch": self.epoch + 1,
             "seconds": self.seconds,
@@ -256,29 +257,34 @@ class Loop:
             "rate": rate,
             "kl_weight": float(self.weight(self.epoch + 1)),
             "learning_rate": self.learning_rate,
-            "valid_elbo": self._valid_elbo() if self.valid is not None else math.nan,
+            "valid_elbo": elbo,
         }
         self.records.append(record)
         self.step = 0
         self._sums.zero_()
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss if self.valid is None else -record["valid_elbo"])
+            self.scheduler.step(loss if self.valid is None else -bound)
         elif self.scheduler is not None:
             self.scheduler.step()
         # No NaN: nothing would ever be better than it.
-        if not math.isnan(record["valid_elbo"]) and (
-            self.best is None or record["valid_elbo"] > self.best["valid_elbo"]
+        if not math.isnan(bound) and (
+            self.best is None or bound > self.best.get("bound", self.best["valid_elbo"])
         ):
             self.best = {
                 "epoch": record["epoch"],
-                "valid_elbo": record["valid_elbo"],
+                "valid_elbo": elbo,
+                "bound": bound,
                 "parameters": copy.deepcopy(self.svi.parameters.state_dict()),
             }
 
-    def _valid_elbo(self) -> float:
-        """The validation bound, with the same noise after every epoch; nats per datum."""
+    def _valid_bounds(self) -> tuple[float, float]:
+        """The ELBO of the validation data, and the tighter of it and minus the loss.
+
+        The parameters are chosen by the second: importance weighting raises its own bound while the
+        ELBO falls. The noise is the same after every epoch; nats per datum.
+        """
         assert self.valid is not None
-        total = 0.0
+        elbo = loss = 0.0
         device = self.valid[0].device
         with at_rest(self.svi.model, self.svi.guide), seeded(self.seed, "valid", device=device):
             for start in range(0, len(self.valid[0]), VALIDATION_BATCH):
@@ -286,8 +292,10 @@ class Loop:
                 terms = self.svi.evaluate(*batch)
                 bound = -(terms.distortion + terms.rate)
                 # A loss of the user's hides its parts: then the bound is minus that loss.
-                total += (-terms.loss if bound.isnan() else bound).item()
-        return total / len(self.valid[0])
+                elbo += (-terms.loss if bound.isnan() else bound).item()
+                loss += terms.loss.item()
+        size = len(self.valid[0])
+        return elbo / size, max(elbo, -loss) / size  # NaN where the ELBO is
 
     def _raise_diverged(self) -> None:
         """Return to the epoch's start, find the bad step again, and name what broke."""
