@@ -21,14 +21,12 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 DATA = os.environ.get("PYRO_VAE_DATA")
 # Those that read a folder of data; the others have theirs from scikit-learn.
 NEEDS_DATA = {"binarized_mnist"}
-# Those that make pages of other experiments' figures.
-NO_TRAINING = {"tables"}
-# Those that train several swaps and end in a comparison.
+# Those that train one pair and judge it.
+SINGLE = {"binarized_mnist", "conditional", "digits", "hierarchies", "semi_supervised"}
+# Those that train several swaps and end in a comparison. All others have tests of their own.
 COMPARING = {"guides", "likelihoods", "priors"}
 COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
-# Those with tests of their own below.
-OF_THEIR_OWN = {"annealing", "full_vb", "out_of_distribution"}
-EXPERIMENTS = [path for path in SCRIPTS if path.stem not in NO_TRAINING | COMPARING | OF_THEIR_OWN]
+EXPERIMENTS = [path for path in SCRIPTS if path.stem in SINGLE]
 
 
 def names(scripts: list[Path]) -> list[str]:
