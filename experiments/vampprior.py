@@ -1,0 +1,324 @@
+r"""VAE with a VampPrior: what does a prior gain that stands where the encoder puts the data?
+
+The tables of Tomczak and Welling, "VAE with a VampPrior" (2018), for fully connected networks: one
+and two stochastic layers, under three priors of the topmost latent,
+
+    N(0, I)     fixed
+    mixture     1/K sum_k N(m_k, s_k^2), all of it learned, the weights too
+    VampPrior   1/K sum_k q(z|u_k), the encoder itself at K learned pseudo-inputs u_k
+
+on static MNIST (log p(x), nats) and Frey Faces (a discretized logistic over 256 levels, bits per
+dimension); digits need no download. The two layers are the paper's: both latents are drawn from the
+top down, and both reach the data, so that neither is left out,
+
+    model   p(z2) p(z1|z2) p(x|z1, z2)          guide   q(z2|x) q(z1|x, z2)
+
+The paper's recipe stops after 50 epochs without a better validation bound; "ours" has a cosine
+schedule in its place. Called again, the script goes on where it stopped.
+
+    python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours
+    python experiments/vampprior.py --data frey_faces --root FOLDER --out runs/vampprior_frey
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import pyro_vae as pv
+
+# By layers, then by prior: nats, and bits per dimension for levels.
+REPORTED: dict[str, dict[int, dict[str, float]]] = {
+    "binarized_mnist": {
+        1: {"N(0, I)": -88.56, "VampPrior": -85.57},
+        2: {"N(0, I)": -86.05, "VampPrior": -83.19},
+    },
+    "frey_faces": {
+        1: {"N(0, I)": 4.63, "VampPrior": 4.57},
+        2: {"N(0, I)": 4.61, "VampPrior": 4.51},
+    },
+}
+
+
+class Sizes(NamedTuple):
+    """Of both latents, of every gated layer, and of the mixture and the pseudo-inputs."""
+
+    latent_dim: int = 40
+    hidden: int = 300
+    num_components: int = 500
+
+
+MakePrior = Callable[[pv.Conditional, pv.Split, Sizes], nn.Module]
+
+
+def mixture(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
+    """A mixture that sees nothing of the encoder."""
+    start = (0.0, pv.families.inverse_softplus(1.0))
+    out = (2, sizes.latent_dim)
+    return pv.priors.Mixture(pv.families.normal, sizes.num_components, out, start=start)
+
+
+def vampprior(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
+    """The encoder at pseudo-inputs, which start at the first of the training data."""
+    highest = 1.0 if data.num_levels is None else data.num_levels - 1.0
+    pseudo_inputs = data.train[: sizes.num_components]
+    return pv.priors.VampPrior(encoder, pseudo_inputs, low=0.0, high=highest)
+
+
+PRIORS: dict[str, MakePrior] = {
+    "N(0, I)": lambda encoder, data, sizes: pv.priors.StandardNormal(sizes.latent_dim),
+    "mixture": mixture,
+    "VampPrior": vampprior,
+}
+
+
+class TwoLayers(PyroModule):
+    """p(z2) p(z1|z2) p(x|z1, z2)."""
+
+    def __init__(self, prior: nn.Module, between: nn.Module, likelihood: nn.Module) -> None:
+        super().__init__()
+        self.prior = prior  # p(z2)
+        self.between = between  # p(z1|z2)
+        self.likelihood = likelihood  # p(x|z1, z2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score data ``(B, D)``."""
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", self.prior())
+            z1 = pyro.sample("z1", self.between(z2))
+            return pyro.sample("x", self.likelihood(z1, z2), obs=x)
+
+
+class TopDown(PyroModule):
+    """q(z2|x) q(z1|x, z2)."""
+
+    def __init__(self, top: nn.Module, bottom: nn.Module) -> None:
+        super().__init__()
+        self.top = top  # q(z2|x)
+        self.bottom = bottom  # q(z1|x, z2)
+
+    def forward(self, x: Tensor) -> None:
+        """Draw z2, then z1."""
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", self.top(x))
+            pyro.sample("z1", self.bottom(x, z2))
+
+
+class Joined(nn.Module):
+    """A gated layer for each of two inputs, and one for both: ``(*batch, P, D)``."""
+
+    def __init__(self, in_dims: tuple[int, int], out: tuple[int, int], hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, 2 * hidden), nn.GLU(dim=-1)) for dim in in_dims
+        )
+        self.both = pv.networks.gated_mlp(2 * hidden, out, hidden_dims=(hidden,))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Each input ``(*batch, in_dim)``; what has no particles passes its layer once for all."""
+        seen = [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+        return self.both(torch.cat(torch.broadcast_tensors(*seen), -1))
+
+
+def build(
+    layers: int, make_prior: MakePrior, data: pv.Split, sizes: Sizes
+) -> tuple[pv.Model | TwoLayers, pv.Guide | TopDown]:
+    """The pair; the prior is that of its only latent, or of z2."""
+    dim, (z, hidden, _) = data.dim, sizes
+    gated = partial(pv.networks.gated_mlp, hidden_dims=(hidden, hidden))
+    seeing = partial(pv.networks.rescaled, scale=(data.num_levels or 2) - 1.0)  # x, within [0, 1]
+    encoder = pv.Conditional(seeing(gated(dim, (2, z))), pv.families.normal)
+    prior = make_prior(encoder, data, sizes)
+    num_params, family = 1, pv.families.bernoulli
+    if data.num_levels is not None:
+        # The paper's smallest scale is exp(-4.5), for values between 0 and 1.
+        options: Any = {"num_levels": data.num_levels, "min_scale": 2 * math.exp(-4.5)}
+        num_params, family = 2, partial(pv.families.discretized, **options)
+    if layers == 1:
+        likelihood = pv.Conditional(gated(z, (num_params, dim)), family)
+        return pv.Model(prior, likelihood), pv.Guide(encoder)
+    likelihood = pv.Conditional(Joined((z, z), (num_params, dim), hidden), family)
+    between = pv.Conditional(gated(z, (2, z)), pv.families.normal)
+    bottom = pv.Conditional(seeing(Joined((dim, z), (2, z), hidden)), pv.families.normal)
+    return TwoLayers(prior, between, likelihood), TopDown(encoder, bottom)
+
+
+class Variant(NamedTuple):
+    """One training, a line of the table."""
+
+    layers: int
+    prior: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its row is called."""
+        said = f"{self.layers} layer" + "s" * (self.layers > 1)
+        return f"{said}, {self.prior}" + f", seed {self.seed}" * (self.seed > 0)
+
+
+def measured(
+    variant: Variant, data: pv.Split, args: argparse.Namespace, seconds: float
+) -> dict[str, Any]:
+    """Train as far as the time goes, and judge: the figures of a row."""
+    folder = "".join(c if c.isalnum() else "-" for c in variant.name.lower())
+    out = args.out / "-".join(part for part in folder.split("-") if part)
+    shared: Any = {"seed": variant.seed, "device": args.device}
+    torch.manual_seed(variant.seed)
+    model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes)
+    history = pv.fit(
+        model,
+        guide,
+        data,
+        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
+        lr_schedule=args.schedule,
+        kl_weight=pv.warmup(args.warmup),
+        epochs=args.epochs,
+        batch_size=100,
+        patience=args.patience,
+        max_seconds=seconds,
+        out=out,
+        resume=(out / "config.json").is_file(),
+        pictures=False,
+        **shared,
+    )
+    of_pair: Any = {"model": model, "guide": guide, "data": data}
+    pv.evaluate_run(out, num_particles=args.num_particles, **of_pair, **shared)
+    judged = json.loads((out / "evidence.json").read_text())
+    kept = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
+    kept += ("bits_per_dim",) if data.num_levels is not None else ()
+    reported = REPORTED.get(data.name, {}).get(variant.layers, {})
+    return {
+        **{key: judged[key] for key in kept},
+        **({"as_reported": reported[variant.prior]} if variant.prior in reported else {}),
+        "best_epoch": history.best_epoch,
+        "epochs": len(history.records),
+        "of_epochs": args.epochs,
+        "finished": history.stopped != "time",
+        "train_seconds": history["seconds"][-1],
+        **variant._asdict(),
+    }
+
+
+def figure_of(row: dict[str, Any]) -> float:
+    """What the paper tabulates: bits per dimension where there are levels, else nats."""
+    return row.get("bits_per_dim", row["log_evidence"])
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """The figures by prior, a colour for each number of layers."""
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    names = [prior for prior in PRIORS if any(row["prior"] == prior for row in rows)]
+    for depth in sorted({row["layers"] for row in rows}):
+        own = [row for row in rows if row["layers"] == depth]
+        at = [names.index(row["prior"]) for row in own]
+        label = f"{depth} stochastic layer" + "s" * (depth > 1)
+        style: Any = {"color": f"C{depth - 1}", "linestyle": "none"}
+        axes.plot(at, [figure_of(row) for row in own], marker="o", label=label, **style)
+        told = [row.get("as_reported", math.nan) for row in own]
+        known = any(not math.isnan(value) for value in told)
+        said = f"{label}, as reported" if known else None
+        axes.plot(at, told, marker="x", ms=8, label=said, **style)
+    axes.set_xticks(range(len(names)), names)
+    bits = "bits_per_dim" in rows[0]
+    axes.set(ylabel="bits per dimension" if bits else "log p(x), nats per image", xlabel="prior")
+    axes.margins(x=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, beside what was reported."""
+    lines = [f"{'nats per image':20}   ELBO      log p(x)            bits  reported  epochs"]
+    for row in rows:
+        bits = f"{row['bits_per_dim']:.3f}" if "bits_per_dim" in row else ""
+        lines.append(
+            f"{row['name']:20}{row['elbo']:9.2f}{row['log_evidence']:11.3f} +- "
+            f"{row['mean_standard_error']:.3f}{bits:>9}{row.get('as_reported', ''):>9}  "
+            f"{row['epochs']} of {row['of_epochs']}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, judge, tabulate and draw what is not done yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sets = ["digits", "binarized_mnist", "frey_faces"]
+    parser.add_argument("--data", default="digits", choices=sets)
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path("runs/vampprior"), help="goes on if there")
+    parser.add_argument("--recipe", default="paper", choices=["paper", "ours"])
+    parser.add_argument("--epochs", type=int, help="at most; 2000 by default, ours 500")
+    parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL weight is 1")
+    parser.add_argument("--budget", type=float, help="minutes of training in this call, shared")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=PRIORS)
+    parser.add_argument("--num-particles", type=int, default=5000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="seconds: few data, tiny networks")
+    args = parser.parse_args()
+    ours = args.recipe == "ours"
+    args.epochs, args.sizes = args.epochs or (500 if ours else 2000), Sizes()
+    data = pv.load_data(args.data, root=args.root)
+    if args.smoke:
+        parts = {part: getattr(data, part)[:200] for part in ("train", "valid", "test")}
+        data = dataclasses.replace(data, source=None, labels=None, **parts)
+        args.epochs, args.warmup, args.num_particles, args.sizes = 2, 1, 20, Sizes(3, 8, 10)
+    args.learning_rate, args.patience, args.schedule, rates = 5e-4, 50, None, "constant"
+    if ours:
+        args.learning_rate, args.patience, rates = 1e-3, None, "with cosine schedule"
+        args.schedule = partial(CosineAnnealingLR, T_max=args.epochs)
+
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"VAE with a VampPrior: {data.name}",
+        protocol={
+            "data": data.summary(),
+            "model": f"{args.sizes.latent_dim} latents a layer, two gated layers of "
+            f"{args.sizes.hidden} units in every network, diagonal normals; "
+            + ("Bernoulli" if data.num_levels is None else "discretized logistic")
+            + f" likelihood; {args.sizes.num_components} members of the mixture and pseudo-inputs",
+            "training": f"Monte Carlo ELBO, one particle, batch 100, Adam, learning rate "
+            f"{args.learning_rate:g} {rates}, KL weight warmed up over {args.warmup} epochs, "
+            + ("" if ours else f"until {args.patience} epochs bring no better validation bound, ")
+            + "parameters of the best",
+            "epochs at most": args.epochs,
+            "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
+        },
+        device=args.device,
+    )
+    trained = {row["name"]: row for row in results.rows}
+    every = [Variant(*which) for which in product(args.layers, args.priors, args.seeds)]
+    left = [v for v in every if not trained.get(v.name, {}).get("finished", False)]
+    seconds = 60 * (args.budget or math.inf)
+    for done, variant in enumerate(left):
+        print(f"{variant.name}...", flush=True)
+        row = measured(variant, data, args, max(1.0, seconds / (len(left) - done)))
+        results.put(variant.name, **row)
+        seconds -= row["train_seconds"] - trained.get(variant.name, {}).get("train_seconds", 0.0)
+    picture(results.rows, args.out / "vampprior.png")
+    print(table(results.rows))
+    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'vampprior.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"vampprior.py: {error}") from None

@@ -1,0 +1,126 @@
+"""The tables of the VampPrior: exact programs of two layers, known mixtures, and its runs."""
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from affine import Variables, affine
+from torch.distributions import MultivariateNormal
+
+import pyro_vae as pv
+
+PATH = Path(__file__).parents[1] / "experiments" / "vampprior.py"
+SCRIPT = runpy.run_path(str(PATH))
+SIZES = SCRIPT["Sizes"](3, 8, 6)
+
+
+def two_layers() -> tuple[Variables, pv.Conditional]:
+    """Jointly normal z2, z1 and x, and p(x|z1, z2) with a path past z1."""
+    chain = Variables()
+    chain.add("z2", 2, 1.0)
+    chain.add("z1", 3, 0.8, "z2")
+    chain.add("x", 5, 0.7, "z1")
+    past = torch.randn(5, 2, dtype=torch.float64)
+    added = [past @ part for part in chain.loadings["z2"]]
+    chain.loadings["x"] = [a + b for a, b in zip(added, chain.loadings["x"], strict=False)] + (
+        chain.loadings["x"][len(added) :]
+    )
+    return chain, chain.given("x", "z1", "z2")
+
+
+def test_with_the_exact_posterior_every_weight_is_the_evidence():
+    chain, likelihood = two_layers()
+    prior = pv.priors.StandardNormal(2).double()
+    model = SCRIPT["TwoLayers"](prior, chain.given("z1", "z2"), likelihood)
+    guide = SCRIPT["TopDown"](chain.given("z2", "x"), chain.given("z1", "x", "z2"))
+    x = chain.marginal("x").sample((7,))
+    weights = pv.log_weights(model, guide, x, num_particles=9)
+    exact = chain.marginal("x").log_prob(x).expand(9, 7)
+    torch.testing.assert_close(weights, exact, rtol=0, atol=1e-9)
+
+
+def test_two_layers_under_a_vampprior_are_a_mixture_of_normals():
+    """Each pseudo-input gives z2 a normal, and so x: log p(x) is known."""
+    chain, likelihood = two_layers()
+    z2_given_x = affine(torch.randn(2, 5).double(), torch.randn(2).double(), torch.eye(2).double())
+    pseudo = torch.randn(4, 5, dtype=torch.float64)
+    prior = pv.priors.VampPrior(z2_given_x, pseudo)
+    model = SCRIPT["TwoLayers"](prior, chain.given("z1", "z2"), likelihood)
+    # x is affine in z2: A z2 + b plus noise of covariance S.
+    given = chain.given("x", "z2")
+    b = given(torch.zeros(2, dtype=torch.float64)).mean
+    a = torch.stack([given(row).mean - b for row in torch.eye(2, dtype=torch.float64)], -1)
+    s = given(torch.zeros(2, dtype=torch.float64)).covariance_matrix
+    means = z2_given_x(pseudo).mean @ a.T + b
+    x = means[:3] + 0.3
+    parts = MultivariateNormal(means, a @ a.T + s).log_prob(x.unsqueeze(1))
+    exact = parts.logsumexp(-1) - math.log(4)
+    guide = SCRIPT["TopDown"](
+        affine(torch.zeros(2, 5).double(), prior().mean.detach(), 9 * torch.eye(2).double()),
+        chain.given("z1", "x", "z2"),
+    )
+    found = pv.log_evidence(model, guide, x, num_particles=3000)
+    assert (found.standard_error < 0.2).all()
+    assert ((found.value - exact).abs() < 4 * found.standard_error).all()
+
+
+def test_both_inputs_pass_the_joined_network_and_particles_are_broadcast():
+    network = SCRIPT["Joined"]((4, 3), (2, 5), 8)
+    x, z = torch.randn(6, 4), torch.randn(9, 6, 3)
+    out = network(x, z)
+    assert out.shape == (9, 6, 2, 5)
+    torch.testing.assert_close(out[2, 3], network(x[3], z[2, 3]))
+    assert not torch.allclose(out, network(x.flip(0), z))
+    assert not torch.allclose(out, network(x, z.flip(0)))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("prior", SCRIPT["PRIORS"])
+def test_a_pair_is_of_its_layers_and_every_parameter_gets_a_gradient(layers, prior):
+    data = pv.load_data(torch.randint(0, 4, (60, 7)))
+    model, guide = SCRIPT["build"](layers, SCRIPT["PRIORS"][prior], data, SIZES)
+    latents = pv.encode(guide, data.train[:2])
+    assert (list(latents) == ["z2", "z1"]) if layers == 2 else (latents.event_shape == (3,))
+    svi = pv.SVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.1), compile=False)
+    before = {n: p.clone() for m in (model, guide) for n, p in m.named_parameters()}
+    svi.step(data.train)
+    after = {n: p for m in (model, guide) for n, p in m.named_parameters()}
+    assert before
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_levels_keep_the_smallest_scale_of_the_paper():
+    data = pv.load_data(torch.randint(0, 256, (60, 2), dtype=torch.uint8))
+    model, _ = SCRIPT["build"](1, SCRIPT["PRIORS"]["N(0, I)"], data, SIZES)
+    sharpest = model.likelihood.family(torch.tensor([[0.0, 0.0], [-100.0, -100.0]]))
+    mass = sharpest.log_prob(torch.tensor([127.0, 127.0])).div(2).exp().item()
+    # A logistic around level 127.5; exp(-4.5) between 0 and 1 is 255 exp(-4.5) levels.
+    assert mass == pytest.approx(1 / (1 + math.exp(-math.exp(4.5) / 255)) - 0.5, rel=1e-4)
+
+
+def run(monkeypatch: Any, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
+    runpy.run_path(str(PATH), run_name="__main__")
+
+
+def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--layers", "2", "--priors", "mixture", "VampPrior"]
+    run(monkeypatch, *out)
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == ["2 layers, mixture", "2 layers, VampPrior"]
+    for row in figures["rows"]:
+        assert row["log_evidence"] >= row["elbo"]
+        assert row["bits_per_dim"] == pytest.approx(-row["log_evidence"] / (64 * math.log(2)))
+        assert row["epochs"] == 2
+    assert (tmp_path / "vampprior.png").stat().st_size > 1000
+    assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
+    run(monkeypatch, *out)
+    with pytest.raises(SystemExit, match="another protocol"):
+        run(monkeypatch, *out, "--recipe", "ours")
+    with pytest.raises(SystemExit, match="frey_rawface"):
+        run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
