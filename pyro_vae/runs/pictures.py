@@ -8,11 +8,12 @@ import numpy as np
 import pyro
 import torch
 from matplotlib.figure import Figure
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device, seeded
 from pyro_vae.evidence.evaluation import Evaluation
-from pyro_vae.inference.handlers import Program
+from pyro_vae.inference.handlers import Program, latent_sites
 from pyro_vae.program.vae import decode, encode, generate, reconstruct
 from pyro_vae.runs import plots, tiles
 from pyro_vae.runs.canvas import save
@@ -86,6 +87,12 @@ def _draw_pair(
 ) -> None:
     """Pictures of a pair with one latent and one observed site; others have too many to show."""
     x = args[0]
+    shape = None if image_shape is None else (image_shape[0], image_shape[1])
+    if not _infers(model, guide, args):  # p(x) itself has draws, and nothing to encode
+        if len(args) == 1 and x.dim() == 2:
+            draws = _generated(model, x, draw=True)
+            save(tiles.samples(_array(draws), shape), run.path / "samples.png")
+        return
     q = encode(guide, *args)
     shown = tuple(a[_spread(len(a), NUM_SHOWN)] for a in args)
     means = reconstruct(model, guide, *shown)
@@ -94,7 +101,6 @@ def _draw_pair(
     if q.event_dim != 1 or means.shape != shown[0].shape:
         return
     draws = reconstruct(model, guide, *shown, draw=True)
-    shape = None if image_shape is None else (image_shape[0], image_shape[1])
 
     def draw(name: str, figure: Figure) -> None:
         save(figure, run.path / name)
@@ -183,8 +189,15 @@ def _decoder(model: Program, like: Tensor) -> Callable[[Tensor], np.ndarray]:
     return mean_of
 
 
-def _generated(model: Program, like: Tensor) -> Tensor:
-    return generate(model, like[torch.zeros(NUM_SAMPLES, dtype=torch.long)])
+def _infers(model: Program, guide: Program, args: tuple[Tensor, ...]) -> bool:
+    """Whether the guide has a latent to draw."""
+    with at_rest(guide):
+        trace = poutine.trace(guide).get_trace(*on_device(args, device_of(model, guide)))
+    return any(True for _ in latent_sites(trace))
+
+
+def _generated(model: Program, like: Tensor, *, draw: bool = False) -> Tensor:
+    return generate(model, like[torch.zeros(NUM_SAMPLES, dtype=torch.long)], draw=draw)
 
 
 def _has_mean(distribution: Any) -> bool:
