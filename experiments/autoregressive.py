@@ -177,17 +177,17 @@ def picture(rows: list[dict[str, Any]], data: pv.Split, out: Path) -> None:
         labels.append(f"{row['name']}\nlog p(x) {row['log_evidence']:.2f} nats\n")
         labels[-1] += f"KL {row['rate']:.2f} nats" if row["latents"] else "no latents"
     images = nn.functional.pad(
-        torch.cat(tiles).view(-1, SHOWN, height, width), (1, 1, 1, 1), value=1
+        torch.cat(tiles).view(-1, SHOWN, height, width), (1, 1, 1, 1), value=0.4
     )
     canvas = images.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
-    figure = Figure(figsize=(2 + 0.55 * SHOWN, 0.2 + 0.6 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.55 * SHOWN, 0.2 + 0.6 * len(labels)))
     axes = figure.add_subplot()
     axes.imshow(canvas.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
     at = [(height + 2) * (i + 0.5) for i in range(len(labels))]
     axes.set_yticks(at, labels=labels, fontsize=7)
-    figure.savefig(out / "autoregressive.png", dpi=150)
+    figure.savefig(out / "autoregressive.png", dpi=150, bbox_inches="tight")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
