@@ -146,7 +146,7 @@ def measured(
     # All weights of a model without latents are p(x): two of them have a standard error, of 0.
     particles = 2 if isinstance(guide, Nothing) else args.num_particles
     of_pair: Any = {"model": model, "guide": guide, "data": data}
-    pv.evaluate_run(out, num_particles=particles, **of_pair, **shared)
+    pv.evaluate_run(out, num_particles=particles, budget=0, **of_pair, **shared)
     judged = json.loads((out / "evidence.json").read_text())
     kept = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
     rows = torch.linspace(0, len(data.test) - 1, min(500, len(data.test))).round().long()

@@ -227,7 +227,7 @@ def measured(
         **shared,
     )
     of_pair: Any = {"model": pair[0], "guide": pair[1], "data": data}
-    pv.evaluate_run(out, num_particles=args.num_particles, **of_pair, **shared)
+    pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair, **shared)
     judged = json.loads((out / "evidence.json").read_text())
     few = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).round().long()
     kept = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
