@@ -1,0 +1,350 @@
+"""From the autoencoder to the variational one: the same networks, what each copies and generates.
+
+An autoencoder is a guide of points and a likelihood. Its encoder says one code z = f(x), a point
+mass; its squared error is, up to a constant, -log p(x|z) of a normal of scale one; and its prior
+says nothing, log p(z) = 0 everywhere. So all of these are Pyro pairs that differ in one piece:
+
+    autoencoder          points, no prior; a code narrower than the data
+    over-complete        the same with a code wider than the data: nothing keeps it from copying
+    sparse               over-complete, with a Laplace prior: the penalty |z| times a weight
+    denoising            over-complete; the encoder sees x with noise, or without some of its pixels
+    VAE, L2, L1, BCE     distributions q(z|x) and the prior N(0, I), with the likelihood whose
+                         -log p(x|z) is the squared error, the absolute error, or the cross entropy
+    mean field           no encoder: every datum has a q(z) of its own, as in variational inference
+                         before amortization; for held-out data it is sought with the decoder held
+
+Why only the last two are densities. log p(x) integrates p(z) p(x|z) over z. Without a prior there
+is nothing to integrate and nothing to draw from: codes lie elsewhere than N(0, I). A normal that is
+fitted to them afterwards draws better, but training knew of no such thing. The sparse one has a
+prior, and so a p(x); but the log-density of a point is infinite, E_q[log p(x, z) - log q(z)] bounds
+nothing, and what was maximised is the largest p(x, z). A VAE bounds log p(x), if its likelihood
+integrates to one over x. Errors alone do not: exp(-error) has the integral sqrt(2 pi) a pixel for
+half the squared one, 2 for the absolute one, and less than 1/2 for the cross entropy of grey
+values, another number for every pixel, by which the continuous Bernoulli divides. `constant` says
+how many nats per image that is. And an error is silent on its scale: one is far too wide for pixels
+in [0, 1], so that the KL drowns the code; a single learned scale mends that.
+
+Figures, of pixels in [0, 1]: root mean squared error of the `reconstruction`, and from images with
+noise (`denoised`); `copied`, the explained share of images whose pixels were shuffled, one for a
+network that copies what it was never shown; `sparseness` of codes (Hoyer 2004); `mmd`, the squared
+maximum mean discrepancy of test images and images from N(0, I) draws (Gretton et al. 2012), and
+`mmd_codes` from a normal fitted to the codes; log p of held-out levels where there is one, by
+importance weighting (a bound: they are dequantized).
+
+    python experiments/autoencoders.py --out runs/autoencoders
+    python experiments/autoencoders.py --data mnist --root ../shared/data --epochs 20 --budget 10
+
+References: Olshausen and Field 1996 (sparse); Vincent et al. 2008 (denoising); Kingma and Welling
+2014; Loaiza-Ganem and Cunningham 2019 (the constant of the cross entropy).
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from matplotlib.figure import Figure
+from pyro.distributions import TorchDistribution, constraints
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyro_vae as pv
+
+BATCH, RATE, SHOWN = 100, 1e-3, 10
+SPARSITY, NOISE, DROPOUT = 0.03, 0.3, 0.5  # weight of |z|, scale in pixels, share of pixels
+
+# Reconstruction errors as they are written in code, and the densities with these as exponents.
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "L2": lambda x, y: (x - y).square() / 2,
+    "L1": lambda x, y: (x - y).abs(),
+    "BCE": lambda x, y: F.binary_cross_entropy_with_logits(y, x, reduction="none"),
+}
+DENSITIES: dict[str, Any] = {
+    "L2": pv.families.fixed_normal,
+    "L1": pv.families.fixed_laplace,
+    "BCE": pv.families.continuous_bernoulli,
+    "learned scale": partial(pv.families.normal, min_scale=0.01),
+}
+
+
+def cross_entropy(params: Tensor) -> TorchDistribution:
+    """A Bernoulli that scores grey values: no density for them."""
+    return dist.Bernoulli(logits=params.squeeze(-2), validate_args=False).to_event(1)
+
+
+def point(params: Tensor) -> TorchDistribution:
+    """The family of an autoencoder's codes: a point mass."""
+    return dist.Delta(params.squeeze(-2), event_dim=1)
+
+
+class Penalty(nn.Module):
+    """The prior -log p(z) = weight |z| + constant; of weight zero it is no distribution."""
+
+    def __init__(self, weight: float, dim: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("zeros", torch.zeros(dim))
+
+    def forward(self) -> TorchDistribution:
+        """A Laplace distribution, or the improper uniform, which can't be drawn from."""
+        if not self.weight:
+            return dist.ImproperUniform(constraints.real_vector, (), self.zeros.shape)
+        return dist.Laplace(self.zeros, 1 / self.weight).to_event(1)
+
+
+class Noise(nn.Module):
+    """Adds noise in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Data (*batch, D), with noise in training."""
+        return x + NOISE * torch.randn_like(x) if self.training else x
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is swapped; everything else is the same for all."""
+
+    error: str = "L2"
+    trained_as: Any = None  # the likelihood's family in training, where that is no density
+    points: bool = False
+    wide: bool = False
+    prior: Callable[[int], nn.Module] = pv.priors.StandardNormal
+    seen: Callable[[], nn.Module] = nn.Identity  # between data and encoder
+    amortized: bool = True
+
+    def pair(self, num_data: int, dim: int, args: argparse.Namespace) -> tuple[Any, Any]:
+        """Model and guide."""
+        code = 2 * dim if self.wide else args.latent_dim
+        layers = partial(pv.networks.mlp, hidden_dims=args.hidden_dims, activation=nn.ReLU)
+        outward = layers(code, (1, dim))
+        if self.error == "learned scale":
+            outward = pv.networks.with_free(outward, [pv.families.inverse_softplus(0.2)])
+        family = self.trained_as or DENSITIES[self.error]
+        likelihood = pv.Conditional(pv.networks.first(outward), family)
+        model = pv.Model(self.prior(code), likelihood)
+        if not self.amortized:
+            return model, table(num_data, code)
+        network = nn.Sequential(self.seen(), layers(dim, (1 if self.points else 2, code)))
+        encoder = pv.Conditional(network, point if self.points else pv.families.normal)
+        return model, pv.Guide(encoder)
+
+
+points: Any = partial(Variant, points=True, prior=partial(Penalty, 0.0))
+VARIANTS: dict[str, Variant] = {
+    "autoencoder": points(),
+    "over-complete": points(wide=True),
+    "sparse": points(wide=True, prior=partial(Penalty, SPARSITY)),
+    "denoising, noise": points(wide=True, seen=Noise),
+    "denoising, dropout": points(wide=True, seen=partial(nn.Dropout, DROPOUT)),
+    "VAE, L2": Variant(),
+    "VAE, L1": Variant("L1"),
+    "VAE, BCE": Variant("BCE", trained_as=cross_entropy),
+    "VAE, BCE with its constant": Variant("BCE"),
+    "VAE, L2 with its scale": Variant("learned scale"),
+    "mean field, L2 with its scale": Variant("learned scale", amortized=False),
+}
+
+
+def table(num_data: int, dim: int) -> pv.Guide:
+    """A q(z) of its own for each datum."""
+    network = pv.networks.per_datum(num_data, (2, dim))
+    return pv.Guide(pv.Conditional(network, pv.families.normal))
+
+
+def adam(params: list[Tensor], *, decoder: float = 1.0) -> torch.optim.Optimizer:
+    """Adam; the rows of a table are met once an epoch, and move faster than a network."""
+    networks, tables = ([p for p in params if (p.dim() == 3) is t] for t in (False, True))
+    return torch.optim.Adam(
+        [{"params": networks, "lr": decoder * RATE}, {"params": tables, "lr": 30 * RATE}]
+    )
+
+
+def arguments(variant: Variant, x: Tensor) -> tuple[Tensor, ...]:
+    """What the pair is called with: data, and without an encoder the number of each."""
+    return (x,) if variant.amortized else (x, torch.arange(len(x)).unsqueeze(-1))
+
+
+def inferred(variant: Variant, pair: Any, x: Tensor, args: argparse.Namespace) -> tuple[Any, ...]:
+    """Model, guide and arguments for held-out data; without an encoder the guide is new."""
+    (model, guide), called = pair, arguments(variant, x)
+    if not variant.amortized:
+        guide, held = table(len(x), args.latent_dim), partial(adam, decoder=0.0)
+        options: Any = {"epochs": args.epochs, "batch_size": len(x), "device": args.device}
+        pv.fit(model, guide, called, optimizer=held, progress=False, **options)
+    return model, guide, *called
+
+
+def mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Squared maximum mean discrepancy of two samples (N, D), unbiased, and its standard error.
+
+    The kernel is exp(-|x - y|^2 / 2 h^2), h the median distance between the real data x.
+    """
+    x, y = x.double(), y.double()
+    width = torch.pdist(x).median()
+    k = [(-torch.cdist(a, b).square() / (2 * width**2)).exp() for a, b in ((x, x), (y, y), (x, y))]
+    pairs = k[0] + k[1] - k[2] - k[2].T
+    of_each = pairs.fill_diagonal_(0.0).sum(1) / (len(x) - 1)
+    return of_each.mean().item(), (2 * of_each.std() / len(x) ** 0.5).item()
+
+
+def sparseness(codes: Tensor) -> float:
+    """Hoyer's measure, mean over codes (N, Z): 0 where all are equal, 1 where one is not zero."""
+    root = codes.shape[1] ** 0.5
+    ratio = codes.abs().sum(1) / codes.norm(dim=1).clamp_min(1e-12)
+    return ((root - ratio) / (root - 1)).mean().item()
+
+
+def judged(
+    variant: Variant, pair: Any, data: pv.Split, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The figures of a trained pair on test images, and what it makes of some."""
+    x = data.test[: args.num_test]
+    torch.manual_seed(0)  # the same noise and the same draws for all
+    noisy, shuffled = Noise()(x), x.gather(1, torch.rand(x.shape).argsort(1))
+    model, guide, *called = inferred(variant, pair, x, args)
+    found = pv.reconstruct(model, guide, *called).cpu()
+    clean = pv.reconstruct(*inferred(variant, pair, noisy, args)).cpu()
+    copy = pv.reconstruct(*inferred(variant, pair, shuffled, args)).cpu()
+    codes = pv.encode(guide, *called).mean.cpu()
+    z = torch.randn(codes.shape)
+    spread = torch.linalg.cholesky(codes.T.cov() + 1e-6 * torch.eye(codes.shape[1]))
+    generated = pv.decode(model, {"z": z}).mean.cpu()
+    of_codes = pv.decode(model, {"z": codes.mean(0) + z @ spread.T}).mean.cpu()
+    figures: dict[str, Any] = {
+        "reconstruction": (found - x).square().mean().sqrt().item(),
+        "denoised": (clean - x).square().mean().sqrt().item(),
+        "copied": 1 - ((copy - shuffled).square().mean() / shuffled.var(0).mean()).item(),
+        "sparseness": sparseness(codes),
+        "mmd": mmd(x, generated)[0],
+        "mmd_error": mmd(x, generated)[1],
+        "mmd_codes": mmd(x, of_codes)[0],
+    }
+    images = {"found": found[:SHOWN], "generated": generated[:SHOWN]}
+    if variant.points:
+        return {**figures, "log_evidence": "no bound" if model.prior.weight else "no prior"}, images
+    density = DENSITIES[variant.error]
+    if variant.error in ERRORS:
+        outputs = model.likelihood.network(pv.encode(guide, *called).mean).detach().cpu()
+        error = ERRORS[variant.error](x, outputs.squeeze(-2)).sum(-1)
+        figures["constant"] = (density(outputs).log_prob(x) + error).mean().item()
+    model.likelihood.family = density
+    estimate = pv.log_evidence(model, guide, *called, num_particles=args.num_particles)
+    return figures | {
+        "elbo": estimate.elbo.mean().item() + data.log_jacobian,
+        "log_evidence": estimate.mean + data.log_jacobian,
+        "mean_standard_error": estimate.mean_standard_error,
+        "sampling_error": estimate.sampling_error,
+    }, images
+
+
+def main() -> None:
+    """Train, judge and draw what is not there yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="digits", help="digits, mnist, frey_faces...: levels")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path("runs/autoencoders"), help="goes on there")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes of training")
+    parser.add_argument("--latent-dim", type=int, default=10)
+    parser.add_argument("--hidden-dims", type=int, nargs="*", default=[256])
+    parser.add_argument("--num-test", type=int, default=1000, help="test images, at most")
+    parser.add_argument("--num-particles", type=int, default=500)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, four variants")
+    args = parser.parse_args()
+    if args.smoke:
+        args.epochs, args.num_particles, args.num_test = 2, 10, 50
+        args.hidden_dims, args.latent_dim = [16], 2
+        args.only = ["sparse", "denoising, dropout", "VAE, BCE", "mean field, L2 with its scale"]
+
+    started = time.perf_counter()
+    try:
+        data = pv.load_data(args.data, root=args.root).dequantize()
+        results = pv.Results(
+            args.out / "results.json",
+            title=f"From the autoencoder to the VAE: {data.name}",
+            protocol={
+                "data": data.summary(),
+                "networks": f"ReLU layers {args.hidden_dims} on each side, codes of "
+                f"{args.latent_dim} or {2 * data.dim} dimensions; weight {SPARSITY} of |z|, noise "
+                f"of scale {NOISE} (also for `denoised`), dropout of {DROPOUT}",
+                "training": f"{args.epochs} epochs on values that are dequantized once, batch "
+                f"{BATCH}, Adam, learning rate {RATE} (thirty times that for a table of q(z)), "
+                "analytic KL, parameters of the last epoch",
+                "evaluation": f"{len(data.test[: args.num_test])} test images; importance "
+                f"weighting, {args.num_particles} particles, every constant is in",
+                "seeds": args.seeds,
+            },
+            device=args.device,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(data.summary())
+    torch.manual_seed(0)
+    x = data.refresh(data.train) if data.refresh else data.train
+    test = data.test[: args.num_test]
+    results.put("training data", mmd=mmd(test, x[torch.randperm(len(x))[: len(test)]])[0])
+    rows = {row["name"]: row for row in results.rows}
+    jobs = [(f"{name}, seed {seed}", name, seed) for seed in args.seeds for name in args.only]
+    jobs = [job for job in jobs if rows.get(job[0], {"epochs": 0})["epochs"] < args.epochs]
+    for done, (label, name, seed) in enumerate(jobs):
+        left = 60 * args.budget - (time.perf_counter() - started)
+        torch.manual_seed(seed)
+        variant = VARIANTS[name]
+        pair = variant.pair(len(x), data.dim, args)
+        run = args.out / "".join(c if c.isalnum() else "-" for c in label.lower())
+        history = pv.fit(
+            *pair,
+            arguments(variant, x),
+            loss=Trace_ELBO() if variant.points else TraceMeanField_ELBO(),  # points have no KL
+            optimizer=adam,
+            epochs=args.epochs,
+            batch_size=BATCH,
+            seed=seed,
+            out=run,
+            resume=(run / "config.json").exists(),
+            device=args.device,
+            max_seconds=max(left, 0.0) / (len(jobs) - done) if left < math.inf else None,
+            pictures=False,
+        )
+        figures, images = judged(variant, pair, data, args)
+        torch.save(images, run / "images.pt")
+        figures |= {"epochs": len(history.records), "seconds": history["seconds"][-1]}
+        results.put(label, **figures, run=run.name)
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        print(f"{label}: {', '.join(shown)}")
+    draw(results, data, args.out)
+    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'autoencoders.png'}")
+
+
+def draw(results: pv.Results, data: pv.Split, out: Path) -> None:
+    """Of every pair what it makes of test images, and of draws from N(0, I)."""
+    drawn = {r["name"]: torch.load(out / r["run"] / "images.pt") for r in results.rows[1:]}
+    originals = {"found": data.test[:SHOWN], "generated": data.train[:SHOWN]}
+    height, width = data.image_shape or (1, data.dim)
+    figure = Figure(figsize=(10, 0.55 * len(drawn) + 1.2), layout="constrained")
+    axes = figure.subplots(len(drawn) + 1, 2, squeeze=False)
+    for row, (name, images) in zip(axes, {"data": originals, **drawn}.items(), strict=True):
+        for place, part in zip(row, images.values(), strict=True):
+            strip = F.pad(part.view(-1, height, width), (0, 1), value=0.0)
+            place.imshow(strip.permute(1, 0, 2).flatten(1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            place.set(xticks=[], yticks=[], frame_on=False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    axes[0][0].set_title("test images, reconstructed")
+    axes[0][1].set_title("training images; decoded draws from N(0, I)")
+    figure.savefig(out / "autoencoders.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

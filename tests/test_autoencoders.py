@@ -1,0 +1,150 @@
+"""From the autoencoder to the VAE: what errors lack to be densities, PCA, copying, and the run."""
+
+import json
+import math
+import runpy
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+import pyro_vae as pv
+
+PATH = Path(__file__).parents[1] / "experiments" / "autoencoders.py"
+SCRIPT = runpy.run_path(str(PATH))
+ERRORS, DENSITIES, VARIANTS = (SCRIPT[name] for name in ("ERRORS", "DENSITIES", "VARIANTS"))
+
+
+@pytest.mark.parametrize("name", list(ERRORS))
+@pytest.mark.parametrize("output", [-2.0, 0.3, 1.5])
+def test_a_density_integrates_to_one_and_its_error_to_what_the_constant_says(name, output):
+    low, high = (0.0, 1.0) if name == "BCE" else (output - 40.0, output + 40.0)
+    edges = torch.linspace(low, high, 400_001, dtype=torch.float64)
+    x = (edges[1:] + edges[:-1]) / 2
+    outputs = torch.full((len(x),), output, dtype=torch.float64)
+    log_p = DENSITIES[name](outputs.view(-1, 1, 1)).log_prob(x.unsqueeze(-1))
+    error = ERRORS[name](x, outputs)
+
+    def integral(log_density: Tensor) -> float:
+        return (log_density.exp().mean() * (high - low)).item()
+
+    assert integral(log_p) == pytest.approx(1.0, rel=1e-6)
+    constant = log_p + error  # the same for every x
+    assert constant.std().item() < 1e-6
+    assert -math.log(integral(-error)) == pytest.approx(constant.mean().item(), abs=1e-6)
+    if name == "BCE":
+        assert integral(-error) < 0.5
+    else:
+        assert integral(-error) == pytest.approx({"L2": math.tau**0.5, "L1": 2.0}[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "over-complete"])
+def test_without_layers_an_autoencoder_is_pca_and_a_wide_one_copies(name):
+    """A linear one leaves the eigenvalues that its code has no room for (Baldi and Hornik 1989)."""
+    factors = torch.randn(6, 6) * torch.tensor([2.0, 1.5, 1.0, 0.5, 0.3, 0.2])
+    x = torch.randn(300, 6) @ factors.T
+    x = x - x.mean(0)
+    model, guide = VARIANTS[name].pair(len(x), 6, Namespace(latent_dim=2, hidden_dims=[]))
+    params = [*model.parameters(), *guide.parameters()]
+    lbfgs = torch.optim.LBFGS(params, max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        loss = Trace_ELBO().differentiable_loss(model, guide, x)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)  # type: ignore[arg-type]
+    left = (pv.reconstruct(model, guide, x) - x).square().sum(1).mean().item()
+    eigenvalues = torch.linalg.eigvalsh(x.T @ x / len(x))
+    expected = eigenvalues[:4].sum().item() if name == "autoencoder" else 0.0
+    assert left == pytest.approx(expected, rel=0.01, abs=0.01)
+
+
+def test_an_autoencoder_has_nothing_to_draw_from():
+    model, guide = VARIANTS["autoencoder"].pair(3, 4, Namespace(latent_dim=2, hidden_dims=[3]))
+    assert pv.reconstruct(model, guide, torch.rand(3, 4)).shape == (3, 4)
+    with pytest.raises(NotImplementedError, match="does not support sampling"):
+        pv.generate(model, 3)
+
+
+def test_the_penalty_of_the_sparse_one_is_its_prior():
+    """Its loss is half the squared error plus the weighted code, up to a constant."""
+    model, guide = VARIANTS["sparse"].pair(3, 4, Namespace(latent_dim=2, hidden_dims=[3]))
+    x = torch.rand(5, 4)
+    z = pv.encode(guide, x).mean
+    error = ERRORS["L2"](x, pv.decode(model, {"z": z}).mean).sum(1)
+    expected = (error + SCRIPT["SPARSITY"] * z.abs().sum(1)).detach()
+    losses = [Trace_ELBO().loss(model, guide, row.unsqueeze(0)) for row in x]
+    constant = torch.tensor(losses) - expected
+    assert constant.std().item() < 1e-4
+    per_code = math.log(2 / SCRIPT["SPARSITY"])
+    assert constant.mean().item() == pytest.approx(2 * math.log(math.tau) + 8 * per_code, rel=1e-5)
+
+
+def test_noise_is_shown_to_the_encoder_in_training_alone():
+    for name in ("denoising, noise", "denoising, dropout"):
+        _, guide = VARIANTS[name].pair(3, 4, Namespace(latent_dim=2, hidden_dims=[3]))
+        x = torch.rand(5, 4)
+        assert not torch.equal(guide(x), guide(x))
+        assert torch.equal(pv.encode(guide, x).mean, pv.encode(guide, x).mean)
+
+
+def test_the_discrepancy_is_that_of_two_normals():
+    r"""E k(x, y) = (h^2 / (h^2 + s^2))^{D/2} exp(-|m|^2 / 2 (h^2 + s^2)) for x - y ~ N(m, s^2)."""
+    dim, shift = 3, 0.5
+    values = []
+    for _ in range(60):
+        x, y = torch.randn(100, dim), torch.randn(100, dim) + shift
+        values.append(SCRIPT["mmd"](x, y))
+    width = torch.pdist(torch.randn(3000, dim)).median().item()
+    narrow = (width**2 / (width**2 + 2)) ** (dim / 2)
+    expected = 2 * narrow * (1 - math.exp(-dim * shift**2 / (2 * (width**2 + 2))))
+    found = torch.tensor([v for v, _ in values])
+    error = found.std().item() / len(values) ** 0.5
+    assert found.mean().item() == pytest.approx(expected, abs=4 * error)
+    assert expected > 10 * error
+    said = torch.tensor([e for _, e in values]).mean().item()
+    assert said == pytest.approx(found.std().item(), rel=0.3)
+
+
+def test_sparseness_is_hoyers():
+    codes = torch.tensor([[0.0, 0.0, 5.0, 0.0], [2.0, -2.0, 2.0, 2.0]])
+    assert SCRIPT["sparseness"](codes[:1]) == pytest.approx(1.0)
+    assert SCRIPT["sparseness"](codes[1:]) == pytest.approx(0.0, abs=1e-6)
+    assert SCRIPT["sparseness"](codes) == pytest.approx(0.5)
+
+
+def test_a_call_that_is_repeated_trains_nothing_again(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def run(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", "--out", str(out), *more])
+        runpy.run_path(str(PATH), run_name="__main__")
+        return json.loads((out / "results.json").read_text())
+
+    figures = run()
+    reference, *rows = figures["rows"]
+    assert reference["name"] == "training data"
+    assert reference["mmd"] < min(row["mmd"] for row in rows)
+    for row in rows:
+        assert row["epochs"] == 2
+        assert math.isfinite(row["reconstruction"])
+        if "VAE" in row["name"] or "mean field" in row["name"]:
+            assert row["log_evidence"] > row["elbo"]
+        else:
+            assert row["log_evidence"] in ("no prior", "no bound")
+    assert {"data", "networks", "training", "evaluation", "seeds"} == set(figures["protocol"])
+    assert (out / "autoencoders.png").stat().st_size > 1000
+    assert f"{rows[0]['reconstruction']:.4g}" in capsys.readouterr().out
+    monkeypatch.setattr(pv, "fit", None)
+    assert run() == figures
+    with pytest.raises(SystemExit):  # another protocol
+        run("--seeds", "1")
+    assert "holds figures of another protocol: seeds is [0] there, [1] here" in (
+        capsys.readouterr().err
+    )
