@@ -10,8 +10,8 @@ says nothing, log p(z) = 0 everywhere. So all of these are Pyro pairs that diffe
     denoising            over-complete; the encoder sees x with noise, or without some of its pixels
     VAE, L2, L1, BCE     distributions q(z|x) and the prior N(0, I), with the likelihood whose
                          -log p(x|z) is the squared error, the absolute error, or the cross entropy
-    mean field           no encoder: every datum has a q(z) of its own, as in variational inference
-                         before amortization; for held-out data it is sought with the decoder held
+    mean field           every datum has a q(z) of its own, and there is no encoder; for held-out
+                         data it is sought with the decoder held
 
 Why only the last two are densities. log p(x) integrates p(z) p(x|z) over z. Without a prior there
 is nothing to integrate and nothing to draw from: codes lie elsewhere than N(0, I). A normal that is
@@ -20,22 +20,22 @@ prior, and so a p(x); but the log-density of a point is infinite, E_q[log p(x, z
 nothing, and what was maximised is the largest p(x, z). A VAE bounds log p(x), if its likelihood
 integrates to one over x. Errors alone do not: exp(-error) has the integral sqrt(2 pi) a pixel for
 half the squared one, 2 for the absolute one, and less than 1/2 for the cross entropy of grey
-values, another number for every pixel, by which the continuous Bernoulli divides. `constant` says
-how many nats per image that is. And an error is silent on its scale: one is far too wide for pixels
-in [0, 1], so that the KL drowns the code; a single learned scale mends that.
+values, another for every pixel, by which the continuous Bernoulli divides; `constant` says what
+that is, in nats per image. And an error is silent on its scale: one is far too wide for pixels in
+[0, 1], so that the KL drowns the code. A single learned scale mends that.
 
 Figures, of pixels in [0, 1]: root mean squared error of the `reconstruction`, and from images with
 noise (`denoised`); `copied`, the explained share of images whose pixels were shuffled, one for a
-network that copies what it was never shown; `sparseness` of codes (Hoyer 2004); `mmd`, the squared
-maximum mean discrepancy of test images and images from N(0, I) draws (Gretton et al. 2012), and
-`mmd_codes` from a normal fitted to the codes; log p of held-out levels where there is one, by
-importance weighting (a bound: they are dequantized).
+network that copies what it was never shown; `sparseness` of codes (Hoyer 2004); `precision`, the
+share of images from N(0, I) draws that lie among the real ones, and `coverage`, the share of real
+ones that they come near to (Kynkäänniemi et al. 2019, Naeem et al. 2020; `of_codes`: from draws of
+a normal that was fitted to the codes); log p of held-out levels where there is one, by importance
+weighting (a bound: they are dequantized).
 
     python experiments/autoencoders.py --out runs/autoencoders
     python experiments/autoencoders.py --data mnist --root ../shared/data --epochs 20 --budget 10
 
-References: Olshausen and Field 1996 (sparse); Vincent et al. 2008 (denoising); Kingma and Welling
-2014; Loaiza-Ganem and Cunningham 2019 (the constant of the cross entropy).
+References: Vincent et al. 2008 (denoising), Loaiza-Ganem and Cunningham 2019 (the constant).
 """
 
 import argparse
@@ -72,6 +72,10 @@ DENSITIES: dict[str, Any] = {
     "BCE": pv.families.continuous_bernoulli,
     "learned scale": partial(pv.families.normal, min_scale=0.01),
 }
+CORRUPTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "noise": lambda x: x + NOISE * torch.randn_like(x),
+    "dropout": lambda x: x * (torch.rand_like(x) > DROPOUT),
+}
 
 
 def cross_entropy(params: Tensor) -> TorchDistribution:
@@ -99,12 +103,16 @@ class Penalty(nn.Module):
         return dist.Laplace(self.zeros, 1 / self.weight).to_event(1)
 
 
-class Noise(nn.Module):
-    """Adds noise in training."""
+class Corrupted(nn.Module):
+    """What the encoder of a denoising autoencoder is shown: corrupted data, in training."""
+
+    def __init__(self, corrupt: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.corrupt = corrupt
 
     def forward(self, x: Tensor) -> Tensor:
-        """Data (*batch, D), with noise in training."""
-        return x + NOISE * torch.randn_like(x) if self.training else x
+        """Data (*batch, D)."""
+        return self.corrupt(x) if self.training else x
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,8 @@ VARIANTS: dict[str, Variant] = {
     "autoencoder": points(),
     "over-complete": points(wide=True),
     "sparse": points(wide=True, prior=partial(Penalty, SPARSITY)),
-    "denoising, noise": points(wide=True, seen=Noise),
-    "denoising, dropout": points(wide=True, seen=partial(nn.Dropout, DROPOUT)),
+    "denoising, noise": points(wide=True, seen=partial(Corrupted, CORRUPTIONS["noise"])),
+    "denoising, dropout": points(wide=True, seen=partial(Corrupted, CORRUPTIONS["dropout"])),
     "VAE, L2": Variant(),
     "VAE, L1": Variant("L1"),
     "VAE, BCE": Variant("BCE", trained_as=cross_entropy),
@@ -181,17 +189,14 @@ def inferred(variant: Variant, pair: Any, x: Tensor, args: argparse.Namespace) -
     return model, guide, *called
 
 
-def mmd(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Squared maximum mean discrepancy of two samples (N, D), unbiased, and its standard error.
+def generation(real: Tensor, made: Tensor, neighbours: int = 5) -> dict[str, float]:
+    """The share of made images (M, D) among the real ones (N, D), and of real ones that are met.
 
-    The kernel is exp(-|x - y|^2 / 2 h^2), h the median distance between the real data x.
+    Among them, or met: no farther from a real image than its own fifth neighbour is.
     """
-    x, y = x.double(), y.double()
-    width = torch.pdist(x).median()
-    k = [(-torch.cdist(a, b).square() / (2 * width**2)).exp() for a, b in ((x, x), (y, y), (x, y))]
-    pairs = k[0] + k[1] - k[2] - k[2].T
-    of_each = pairs.fill_diagonal_(0.0).sum(1) / (len(x) - 1)
-    return of_each.mean().item(), (2 * of_each.std() / len(x) ** 0.5).item()
+    radius = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values
+    inside = (torch.cdist(made, real) <= radius).double()
+    return {"precision": inside.amax(1).mean().item(), "coverage": inside.amax(0).mean().item()}
 
 
 def sparseness(codes: Tensor) -> float:
@@ -202,29 +207,28 @@ def sparseness(codes: Tensor) -> float:
 
 
 def judged(
-    variant: Variant, pair: Any, data: pv.Split, args: argparse.Namespace
+    variant: Variant, pair: Any, train: Tensor, data: pv.Split, args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The figures of a trained pair on test images, and what it makes of some."""
     x = data.test[: args.num_test]
     torch.manual_seed(0)  # the same noise and the same draws for all
-    noisy, shuffled = Noise()(x), x.gather(1, torch.rand(x.shape).argsort(1))
+    noisy, shuffled = CORRUPTIONS["noise"](x), x.gather(1, torch.rand(x.shape).argsort(1))
     model, guide, *called = inferred(variant, pair, x, args)
     found = pv.reconstruct(model, guide, *called).cpu()
     clean = pv.reconstruct(*inferred(variant, pair, noisy, args)).cpu()
     copy = pv.reconstruct(*inferred(variant, pair, shuffled, args)).cpu()
-    codes = pv.encode(guide, *called).mean.cpu()
-    z = torch.randn(codes.shape)
-    spread = torch.linalg.cholesky(codes.T.cov() + 1e-6 * torch.eye(codes.shape[1]))
+    codes = pv.encode(pair[1], *arguments(variant, train)).mean.cpu()
+    z = torch.randn(len(x), codes.shape[1])
+    fitted = dist.MultivariateNormal(codes.mean(0), codes.T.cov() + 1e-6 * torch.eye(z.shape[1]))
     generated = pv.decode(model, {"z": z}).mean.cpu()
-    of_codes = pv.decode(model, {"z": codes.mean(0) + z @ spread.T}).mean.cpu()
+    of_codes = pv.decode(model, {"z": fitted.sample((len(x),))}).mean.cpu()
     figures: dict[str, Any] = {
         "reconstruction": (found - x).square().mean().sqrt().item(),
         "denoised": (clean - x).square().mean().sqrt().item(),
         "copied": 1 - ((copy - shuffled).square().mean() / shuffled.var(0).mean()).item(),
         "sparseness": sparseness(codes),
-        "mmd": mmd(x, generated)[0],
-        "mmd_error": mmd(x, generated)[1],
-        "mmd_codes": mmd(x, of_codes)[0],
+        **generation(x, generated),
+        **{f"{key}_of_codes": value for key, value in generation(x, of_codes).items()},
     }
     images = {"found": found[:SHOWN], "generated": generated[:SHOWN]}
     if variant.points:
@@ -279,9 +283,8 @@ def main() -> None:
                 "networks": f"ReLU layers {args.hidden_dims} on each side, codes of "
                 f"{args.latent_dim} or {2 * data.dim} dimensions; weight {SPARSITY} of |z|, noise "
                 f"of scale {NOISE} (also for `denoised`), dropout of {DROPOUT}",
-                "training": f"{args.epochs} epochs on values that are dequantized once, batch "
-                f"{BATCH}, Adam, learning rate {RATE} (thirty times that for a table of q(z)), "
-                "analytic KL, parameters of the last epoch",
+                "training": f"{args.epochs} epochs on levels dequantized once, batch {BATCH}, "
+                f"Adam, learning rate {RATE} ({30 * RATE} for a table of q(z)), analytic KL",
                 "evaluation": f"{len(data.test[: args.num_test])} test images; importance "
                 f"weighting, {args.num_particles} particles, every constant is in",
                 "seeds": args.seeds,
@@ -290,18 +293,16 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(data.summary())
     torch.manual_seed(0)
     x = data.refresh(data.train) if data.refresh else data.train
-    test = data.test[: args.num_test]
-    results.put("training data", mmd=mmd(test, x[torch.randperm(len(x))[: len(test)]])[0])
+    results.put("training data", **generation(data.test[: args.num_test], x[: args.num_test]))
     rows = {row["name"]: row for row in results.rows}
-    jobs = [(f"{name}, seed {seed}", name, seed) for seed in args.seeds for name in args.only]
+    jobs = [(f"{name}, seed {s}", name, s) for s in args.seeds for name in args.only]
     jobs = [job for job in jobs if rows.get(job[0], {"epochs": 0})["epochs"] < args.epochs]
     for done, (label, name, seed) in enumerate(jobs):
         left = 60 * args.budget - (time.perf_counter() - started)
-        torch.manual_seed(seed)
         variant = VARIANTS[name]
+        torch.manual_seed(seed)
         pair = variant.pair(len(x), data.dim, args)
         run = args.out / "".join(c if c.isalnum() else "-" for c in label.lower())
         history = pv.fit(
@@ -318,12 +319,11 @@ def main() -> None:
             max_seconds=max(left, 0.0) / (len(jobs) - done) if left < math.inf else None,
             pictures=False,
         )
-        figures, images = judged(variant, pair, data, args)
+        figures, images = judged(variant, pair, x, data, args)
         torch.save(images, run / "images.pt")
         figures |= {"epochs": len(history.records), "seconds": history["seconds"][-1]}
         results.put(label, **figures, run=run.name)
-        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
-        print(f"{label}: {', '.join(shown)}")
+        print(label, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()})
     draw(results, data, args.out)
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'autoencoders.png'}")
 
@@ -332,13 +332,13 @@ def draw(results: pv.Results, data: pv.Split, out: Path) -> None:
     """Of every pair what it makes of test images, and of draws from N(0, I)."""
     drawn = {r["name"]: torch.load(out / r["run"] / "images.pt") for r in results.rows[1:]}
     originals = {"found": data.test[:SHOWN], "generated": data.train[:SHOWN]}
-    height, width = data.image_shape or (1, data.dim)
+    shape = data.image_shape or (1, data.dim)
     figure = Figure(figsize=(10, 0.55 * len(drawn) + 1.2), layout="constrained")
     axes = figure.subplots(len(drawn) + 1, 2, squeeze=False)
     for row, (name, images) in zip(axes, {"data": originals, **drawn}.items(), strict=True):
         for place, part in zip(row, images.values(), strict=True):
-            strip = F.pad(part.view(-1, height, width), (0, 1), value=0.0)
-            place.imshow(strip.permute(1, 0, 2).flatten(1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            strip = F.pad(part.view(-1, *shape), (0, 1)).permute(1, 0, 2).flatten(1)
+            place.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1)
             place.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     axes[0][0].set_title("test images, reconstructed")

@@ -278,7 +278,6 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(data.summary())
     kept = json.loads(results.path.read_text())
     noise = kept.get("noise", {})
     stages = [e for e in (0, max(1, args.epochs // 20)) if str(e) not in noise] + [args.epochs]
