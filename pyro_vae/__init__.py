@@ -24,6 +24,7 @@ from pyro_vae.inference.loop import DivergedError, warmup
 from pyro_vae.inference.refine import refine
 from pyro_vae.inference.stratified import Stratified
 from pyro_vae.inference.svi import SVI
+from pyro_vae.inference.wake_sleep import WakeSleep
 from pyro_vae.inference.weighted import (
     DReG,
     ImportanceWeighted,
@@ -73,6 +74,7 @@ __all__ = [
     "StickingTheLanding",
     "Stratified",
     "UpperBound",
+    "WakeSleep",
     "ais",
     "bidirectional",
     "compare",

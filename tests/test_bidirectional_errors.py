@@ -45,10 +45,20 @@ def test_a_model_that_computes_with_what_it_observes_is_refused():
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            first = pyro.sample("first", dist.Normal(z, 0.5), obs=x)
-            pyro.sample("other", dist.Normal(first - x, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(z + x.mean(), 0.5), obs=x)
 
     with pytest.raises(ValueError, match="argument 0: the model computes with a value"):
+        pv.bidirectional(model, guide, torch.randn(4), temperatures=1)
+
+
+def test_one_argument_can_not_hold_what_two_sites_simulate():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("first", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("other", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="sites 'first' and 'other' both observe argument 0"):
         pv.bidirectional(model, guide, torch.randn(4), temperatures=1)
 
 

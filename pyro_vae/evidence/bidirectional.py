@@ -20,7 +20,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device, seeded
@@ -31,8 +30,8 @@ from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.evidence.path import AnnealingPath, Targets, chain_blocks, check_plan
 from pyro_vae.inference.compiled import Compile
 from pyro_vae.inference.data_plate import data_size
-from pyro_vae.inference.handlers import Program, Trace, in_particles, sample_sites
-from pyro_vae.inference.matching import kind_of
+from pyro_vae.inference.handlers import Program, Trace, in_particles
+from pyro_vae.inference.simulation import check_joint_draw, observed_places, put, simulated
 
 __all__ = ["Bidirectional", "bidirectional"]
 
@@ -134,14 +133,15 @@ def bidirectional(
     moved = on_device(args, device_of(model, guide))
     lower, upper, pilot = Tally(num_chains), Tally(num_chains, sign=-1), 0
     targets = Targets(plan, compile, rows=2 * num_chains * data_size(moved))
-    simulated: list[Arguments] = []
+    drawn: list[Arguments] = []
     for index, template in enumerate(data_blocks(moved)):
         with at_rest(model, guide):
             pair = Pair(model, guide, template, data_plate)
             exact, block = _simulate(pair, ("simulate", seed, index))
             pair = Pair(model, guide, block, data_plate)
-            _check_is_a_joint_draw(pair, ("simulate", seed, index))
-        simulated.append(block)
+            _, again = _simulate(pair, ("simulate", seed, index))
+            check_joint_draw((block, {}), (again, {}))
+        drawn.append(block)
         sizes = chain_blocks(num_chains, pair.device)
         pilot = sizes[0]
         path = AnnealingPath(pair, targets, plan, index, pilot, progress)
@@ -153,7 +153,7 @@ def bidirectional(
             for number, chains in enumerate(sizes)
         ]
         upper.walked(down)
-    data = _together(moved, simulated)
+    data = _together(moved, drawn)
     below, above = (
         tally.estimate(
             fingerprint(data),
@@ -175,58 +175,10 @@ def _simulate(pair: Pair, stream: tuple[int | str, ...]) -> tuple[Trace, Argumen
     Raises:
         ValueError: See ``bidirectional``.
     """
-    program = in_particles(poutine.uncondition(pair.model), 1, pair.nesting)
+    program = in_particles(pair.model, 1, pair.nesting)
     with seeded(*stream, device=pair.device), pyro.validation_enabled(is_validate=False):
-        trace: Trace = poutine.trace(program).get_trace(*pair.args)
-    args = list(pair.args)
-    for name, site in sample_sites(trace):
-        if "was_observed" not in site["infer"]:
-            continue
-        if kind_of(site["fn"]) == "Unit":
-            raise ValueError(
-                f"site {name!r} is a pyro.factor: a model with a factor does not say how data come "
-                "about, so none can be simulated."
-            )
-        given = site["infer"]["obs"]
-        tensors = [(i, arg) for i, arg in enumerate(pair.args) if isinstance(arg, Tensor)]
-        itself = [i for i, arg in tensors if arg is given]
-        places = itself or [i for i, arg in tensors if _same(arg, given)]
-        if len(places) > 1:
-            raise ValueError(
-                f"site {name!r}: the observed value equals the arguments {places}, so nothing "
-                "tells which of them it is. Hand over values that differ."
-            )
-        if not places:
-            raise ValueError(
-                f"site {name!r}: the observed value is none of the arguments (the model makes it "
-                "of them), so nothing tells where simulated values belong. Hand over what is "
-                "observed as an argument of its own."
-            )
-        for i in places:
-            args[i] = site["value"].reshape(args[i].shape).to(args[i].dtype)
-    return trace, tuple(args)
-
-
-def _check_is_a_joint_draw(pair: Pair, stream: tuple[int | str, ...]) -> None:
-    """Refuse a model that computes with the argument that it observes.
-
-    It would have simulated from the template; from the simulated data it simulates others.
-    """
-    _, again = _simulate(pair, stream)
-    for i, (new, old) in enumerate(zip(again, pair.args, strict=True)):
-        if isinstance(new, Tensor) and not _same(new, old):
-            raise ValueError(
-                f"argument {i}: the model computes with a value that it observes, so what it "
-                "simulates depends on the data that were handed over. Use what pyro.sample returns "
-                "in place of the argument."
-            )
-
-
-def _same(arg: Tensor, given: Tensor) -> bool:
-    """Whether an observed value is an argument, in whatever shape."""
-    if arg.numel() != given.numel() or arg.dtype != given.dtype:
-        return False
-    return torch.allclose(arg.reshape(-1), given.reshape(-1), 0.0, 0.0, equal_nan=True)
+        trace = simulated(program, pair.args, {})
+    return trace, put(trace, observed_places(trace, pair.args, {}), pair.args, {})[0]
 
 
 def _together(args: Arguments, blocks: list[Arguments]) -> Arguments:
