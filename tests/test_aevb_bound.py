@@ -1,0 +1,95 @@
+"""The script of figure 2: its variances and its prior against closed forms, and that it goes on."""
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vae as pv
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_bound.py"
+NAMES = runpy.run_path(str(SCRIPT))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, *args])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_the_variance_of_both_estimators_is_the_exact_one():
+    """q = N(m, s^2), p(z) = N(0, 1), p(x|z) = N(z, 1), z = m + s e, x = 0.5.
+
+    By Monte Carlo the derivative for m is 2 z - x, for log s it is (2 z - x) s e - 1; with the KL
+    in closed form z - x + m, and (z - x) s e + s^2 - 1.
+    """
+    m, s, x = 0.8, 0.3, 0.5
+    loc = torch.tensor(m, dtype=torch.float64, requires_grad=True)
+    log_scale = torch.tensor(math.log(s), dtype=torch.float64, requires_grad=True)
+
+    def model(data: Tensor) -> None:
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", dist.Normal(data.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+    def guide(data: Tensor) -> None:
+        with pyro.plate("data", 1):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    exact = {
+        Trace_ELBO: 4 * s**2 + s**2 * (2 * m - x) ** 2 + 8 * s**4,
+        TraceMeanField_ELBO: s**2 + s**2 * (m - x) ** 2 + 2 * s**4,
+    }
+    data = torch.tensor([x], dtype=torch.float64)
+    pyro.set_rng_seed(0)
+    for loss, expected in exact.items():
+        found = NAMES["gradient_variance"](loss(), model, guide, data, [loc, log_scale], 300)
+        assert found == pytest.approx(expected, rel=0.35)
+
+
+def test_the_decay_of_the_weights_is_a_standard_normal_prior_once_in_an_epoch():
+    model, guide = nn.Linear(1, 1), nn.Linear(1, 1)
+    optimizer = NAMES["adagrad"](model, guide, 0.1, 700)([])
+    per_epoch = [group["weight_decay"] * 700 / NAMES["BATCH"] for group in optimizer.param_groups]
+    assert per_epoch == pytest.approx([1.0, 0.0])
+
+
+def test_the_thinned_curve_keeps_both_ends():
+
+    records: Any = [{"epoch": i, "elbo": -i, "valid_elbo": -2 * i} for i in range(1, 2001)]
+    curve = NAMES["thinned"](pv.History(records), 50)
+    assert len(curve["samples"]) <= 101
+    assert (curve["samples"][0], curve["samples"][-1]) == (50, 100_000)
+    assert curve["test"][-1] == -4000
+
+
+def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(monkeypatch, "--smoke", "--out", str(out))
+    figures = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in figures["rows"]}
+    assert len(rows) == 3
+    for name, row in rows.items():
+        assert row["epochs"] == row["epochs_wanted"] == 2
+        assert math.isfinite(row["test_bound"])
+        assert figures["curves"][name]["samples"] == [row["num_train"], 2 * row["num_train"]]
+        assert ("variance_gain_last" in row) == (row["method"] == "AEVB")
+    assert "as_reported" in figures
+    assert (out / "aevb_bound.png").stat().st_size > 1000
+    assert "test, nats per datum, after 2 of 2 epochs" in capsys.readouterr().out
+    before = (out / "results.json").read_text()
+    run(monkeypatch, "--smoke", "--out", str(out))
+    assert "nats per datum" not in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text()) == json.loads(before)
+
+
+def test_a_mistake_is_one_line(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="aevb_bound: root: "):
+        run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
