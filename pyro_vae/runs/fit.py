@@ -38,8 +38,9 @@ class History:
         records: One dict an epoch, with ``epoch``, ``elbo``, ``valid_elbo``, ``distortion``,
             ``rate`` (nats per datum, without the KL weight), ``loss`` (with it), ``kl_weight``,
             ``learning_rate`` and ``seconds``; NaN where something is unknown.
-        best_epoch: The epoch of the best validation bound, whose parameters the pair has now;
-            None without validation data.
+        best_epoch: The epoch of the best validation bound, whose parameters the pair has now: the
+            tighter of the ELBO and the objective's own, which importance weighting raises while
+            the ELBO falls. None without validation data.
         stopped: Why training ended: "epochs", "patience", "callback" or "time".
         run: The run directory, if any.
     """
