@@ -119,11 +119,16 @@ class Variant(NamedTuple):
         return self.model + f", seed {self.seed}" * (self.seed > 0)
 
 
+def folder(out: Path, name: str) -> Path:
+    """Where the training of a row is kept."""
+    return out / name.replace(", ", "_").replace(" ", "_")
+
+
 def measured(
     variant: Variant, data: pv.Split, args: argparse.Namespace, seconds: float
 ) -> dict[str, Any]:
     """Train as far as the time goes, judge, and draw: the figures of a row."""
-    out = args.out / variant.name.replace(", ", "_").replace(" ", "_")
+    out = folder(args.out, variant.name)
     shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
     made = pairs(data.dim, args.latent_dim, args.hidden, args.free_nats)[variant.model]
@@ -162,7 +167,6 @@ def measured(
         "epochs": len(history.records),
         "of_epochs": args.epochs,
         "train_seconds": history["seconds"][-1],
-        "draws": str((out / "draws.npy").relative_to(args.out)),
         **variant._asdict(),
     }
 
@@ -173,7 +177,7 @@ def picture(rows: list[dict[str, Any]], data: pv.Split, out: Path) -> None:
     tiles = [data.test[torch.linspace(0, len(data.test) - 1, SHOWN).round().long()]]
     labels = ["test data"]
     for row in rows:
-        tiles.append(torch.as_tensor(np.load(out / row["draws"])))
+        tiles.append(torch.as_tensor(np.load(folder(out, row["name"]) / "draws.npy")))
         labels.append(f"{row['name']}\nlog p(x) {row['log_evidence']:.2f} nats\n")
         labels[-1] += f"KL {row['rate']:.2f} nats" if row["latents"] else "no latents"
     images = nn.functional.pad(
