@@ -272,7 +272,6 @@ def main() -> None:
         args.hidden_dims, args.latent_dim = [16], 2
         args.only = ["sparse", "denoising, dropout", "VAE, BCE", "mean field, L2 with its scale"]
 
-    started = time.perf_counter()
     try:
         data = pv.load_data(args.data, root=args.root).dequantize()
         results = pv.Results(
@@ -296,15 +295,15 @@ def main() -> None:
     torch.manual_seed(0)
     x = data.refresh(data.train) if data.refresh else data.train
     results.put("training data", **generation(data.test[: args.num_test], x[: args.num_test]))
-    rows = {row["name"]: row for row in results.rows}
+    left, rows = 60 * args.budget, {row["name"]: row for row in results.rows}
     jobs = [(f"{name}, seed {s}", name, s) for s in args.seeds for name in args.only]
     jobs = [job for job in jobs if rows.get(job[0], {"epochs": 0})["epochs"] < args.epochs]
     for done, (label, name, seed) in enumerate(jobs):
-        left = 60 * args.budget - (time.perf_counter() - started)
         variant = VARIANTS[name]
         torch.manual_seed(seed)
         pair = variant.pair(len(x), data.dim, args)
         run = args.out / "".join(c if c.isalnum() else "-" for c in label.lower())
+        began = time.perf_counter()
         history = pv.fit(
             *pair,
             arguments(variant, x),
@@ -316,9 +315,10 @@ def main() -> None:
             out=run,
             resume=(run / "config.json").exists(),
             device=args.device,
-            max_seconds=max(left, 0.0) / (len(jobs) - done) if left < math.inf else None,
+            max_seconds=max(left, 0.001) / (len(jobs) - done),
             pictures=False,
         )
+        left -= time.perf_counter() - began
         figures, images = judged(variant, pair, x, data, args)
         torch.save(images, run / "images.pt")
         figures |= {"epochs": len(history.records), "seconds": history["seconds"][-1]}

@@ -201,7 +201,7 @@ def measured(pair: Any, data: pv.Split, args: argparse.Namespace) -> list[dict[s
 
 
 def trained(
-    job: Training, data: pv.Split, epochs: int, seconds: float | None, args: argparse.Namespace
+    job: Training, data: pv.Split, epochs: int, seconds: float, args: argparse.Namespace
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The pair after so many epochs, or what the seconds allowed, and the records of training."""
     torch.manual_seed(job.seed)
@@ -257,7 +257,6 @@ def main() -> None:
         args.hidden_dims, args.latent_dim, args.particles, args.batches = [8], 2, [1, 2], [10]
     warnings.filterwarnings("ignore", message=r"(?s).*REINFORCE")  # its noise is measured here
 
-    started = time.perf_counter()
     try:
         data = pv.load_data(args.data, root=args.root)
         data = data if data.num_levels is None else data.binarize()
@@ -286,13 +285,13 @@ def main() -> None:
     some = Training(), Training(SCORE), Training(batch=1000)
     jobs = [replace(t, seed=s) for s in args.seeds for t in (some if args.smoke else every)]
     jobs = [job for job in jobs if job.name not in over]
-    reference = Training(seed=args.seeds[0])
+    reference, left = Training(seed=args.seeds[0]), 60 * args.budget
     for done, job in enumerate(jobs):
         pair, records = (), []
         for epochs in stages if job == reference else [args.epochs]:
-            left = 60 * args.budget - (time.perf_counter() - started)
-            share = None if math.isinf(left) else max(left, 0.0) / (len(jobs) - done)
-            pair, records = trained(job, data, epochs, share, args)
+            began = time.perf_counter()
+            pair, records = trained(job, data, epochs, max(left, 0.001) / (len(jobs) - done), args)
+            left -= time.perf_counter() - began
             if job == reference and len(records) == epochs:
                 noise[str(epochs)] = measured(pair, data, args)
                 results.note(noise=noise)
