@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+from functools import cache as once
 from itertools import pairwise
 
 import numpy as np
@@ -262,9 +263,14 @@ def test_absent_frey_faces_say_where_they_are_looked_for(tmp_path):
 # --- the real files
 
 
+@once
+def real(name):
+    return load_data(name, root=ROOT)
+
+
 @needs_files
 def test_the_real_binarized_mnist():
-    data = load_data("binarized_mnist", root=ROOT)
+    data = real("binarized_mnist")
     assert [len(data.train), len(data.valid), len(data.test)] == [50_000, 10_000, 10_000]
     # counts of ones, from the text by another tool: tr -cd 1 < FILE | wc -c
     assert [int(part.double().sum()) for part in (data.train, data.valid, data.test)] == [
@@ -277,7 +283,7 @@ def test_the_real_binarized_mnist():
 @needs_files
 def test_the_real_binarized_test_images_are_sorted_by_class():
     # The class of a binarized image is that of the MNIST image under which it is likeliest.
-    bits_of, grey = load_data("binarized_mnist", root=ROOT), load_data("mnist", root=ROOT)
+    bits_of, grey = real("binarized_mnist"), real("mnist")
     assert grey.labels is not None
     probs = (grey.test / 255).clamp(1e-4, 1 - 1e-4)
     score = bits_of.test[::50] @ probs.logit().T + torch.log1p(-probs).sum(1)
@@ -288,7 +294,7 @@ def test_the_real_binarized_test_images_are_sorted_by_class():
 
 @needs_files
 def test_the_real_mnist_and_frey_faces():
-    mnist, faces = load_data("mnist", root=ROOT), load_data("frey_faces", root=ROOT)
+    mnist, faces = real("mnist"), real("frey_faces")
     assert mnist.labels is not None
     assert mnist.labels.train[:5].tolist() == [5, 0, 4, 1, 9]
     assert (mnist.train.double().mean() / 255).item() == pytest.approx(0.1307, abs=5e-4)
