@@ -217,11 +217,11 @@ def judged(
     found = pv.reconstruct(model, guide, *called).cpu()
     clean = pv.reconstruct(*inferred(variant, pair, noisy, args)).cpu()
     copy = pv.reconstruct(*inferred(variant, pair, shuffled, args)).cpu()
-    codes = pv.encode(pair[1], *arguments(variant, train)).mean.cpu()
-    z = torch.randn(len(x), codes.shape[1])
-    fitted = dist.MultivariateNormal(codes.mean(0), codes.T.cov() + 1e-6 * torch.eye(z.shape[1]))
-    generated = pv.decode(model, {"z": z}).mean.cpu()
-    of_codes = pv.decode(model, {"z": fitted.sample((len(x),))}).mean.cpu()
+    codes = pv.encode(pair[1], *arguments(variant, train[:5000])).mean.cpu()
+    generated = pv.decode(model, {"z": torch.randn(len(x), codes.shape[1])}).mean.cpu()
+    mixing = torch.randn(len(x), len(codes)) / (len(codes) - 1) ** 0.5  # to their own covariance
+    fitted = codes.mean(0) + mixing @ (codes - codes.mean(0))
+    of_codes = pv.decode(model, {"z": fitted}).mean.cpu()
     figures: dict[str, Any] = {
         "reconstruction": (found - x).square().mean().sqrt().item(),
         "denoised": (clean - x).square().mean().sqrt().item(),

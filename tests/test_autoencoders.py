@@ -96,6 +96,23 @@ def test_noise_is_shown_to_the_encoder_in_training_alone():
         assert torch.equal(pv.encode(guide, x).mean, pv.encode(guide, x).mean)
 
 
+def test_inference_without_an_encoder_leaves_the_decoder_alone():
+    variant = VARIANTS["mean field, L2 with its scale"]
+    args = Namespace(latent_dim=2, hidden_dims=[3], epochs=60, device="cpu")
+    pair = variant.pair(3, 4, args)
+    before = [p.clone() for p in pair[0].parameters()]
+    x = torch.rand(5, 4)
+    model, guide, *called = SCRIPT["inferred"](variant, pair, x, args)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert called[0] is x
+    untrained = SCRIPT["table"](5, 2)
+    gained, start = (
+        pv.log_evidence(model, g, *called, num_particles=200).elbo.mean()
+        for g in (guide, untrained)
+    )
+    assert gained > start + 0.1
+
+
 def test_two_samples_of_one_distribution_cover_each_other_by_chance_alone():
     """No k nearest of 2 N - 1 points are real ones alone: 1 - prod (N - 1 - j) / (2 N - 1 - j)."""
     size, k = 60, 5
