@@ -10,7 +10,17 @@ from pyro_vae.graph.capture import Captured
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
-    """Graphs are interpreted instead of compiled; gives the graphs so far."""
+    """Graphs of steps are interpreted instead of compiled; gives the graphs so far."""
+    return interpreting(monkeypatch, "pyro_vae.inference.step_graph.lower")
+
+
+@pytest.fixture
+def interpreted_weights(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """Likewise the graphs of log-weights."""
+    return interpreting(monkeypatch, "pyro_vae.evidence.compiled.lower")
+
+
+def interpreting(monkeypatch: pytest.MonkeyPatch, compiler: str) -> list[Captured]:
     graphs: list[Captured] = []
 
     def interpret(captured: Captured, static: Any, data: Any) -> Any:
@@ -18,5 +28,5 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
         module, reached = captured.module, captured.reached
         return torch.no_grad()(lambda arguments: module(*static, *arguments, *reached))
 
-    monkeypatch.setattr("pyro_vae.inference.step_graph.lower", interpret)
+    monkeypatch.setattr(compiler, interpret)
     return graphs
