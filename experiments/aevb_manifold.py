@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/aevb_manifold"))
     parser.add_argument("--epochs", type=int, help="by default so many as make 10^7 samples")
-    parser.add_argument("--budget", type=float, help="minutes of training in this call")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="minutes of training in this call"
+    )
     parser.add_argument(
         "--latent-dims", type=int, nargs="+", default=[2, 5, 10, 20], help="of the first data set"
     )
@@ -192,16 +194,13 @@ def main() -> None:
         for job in jobs
         if labels[job] not in results or results[labels[job]]["epochs"] < wanted[job[0]]
     ]
-    end = math.inf if args.budget is None else time.monotonic() + 60 * args.budget
+    left = 60 * args.budget
     for number, (name, latent_dim, seed) in enumerate(pending):
-        left = (end - time.monotonic()) / (len(pending) - number)
-        if left <= 0:
-            print("the budget is spent; the same command goes on")
-            break
         data, label = sets[name], labels[name, latent_dim, seed]
         hidden = args.hidden or KINDS[name].hidden
         model, guide = build(KINDS[name], data.dim, latent_dim, hidden, seed)
         run = args.out / f"{name}-{latent_dim}-seed{seed}"
+        began = time.perf_counter()
         history = pv.fit(
             model,
             guide,
@@ -211,12 +210,13 @@ def main() -> None:
             epochs=wanted[name],
             batch_size=BATCH,
             seed=seed,
-            max_seconds=None if left == math.inf else left,
+            max_seconds=max(left, 0.001) / (len(pending) - number),
             out=run,
             resume=(run / "config.json").is_file(),
             device=args.device,
             pictures=False,
         )
+        left -= time.perf_counter() - began
         judged = pv.log_evidence(model, guide, data.test, num_particles=args.num_particles)
         torch.save(model.state_dict(), run / "decoder.pt")  # what the picture is drawn from
         results.put(
@@ -225,10 +225,9 @@ def main() -> None:
             latent_dim=latent_dim,
             seed=seed,
             epochs=len(history.records),
-            epochs_wanted=wanted[name],
+            of_epochs=wanted[name],
             elbo=judged.elbo.mean().item(),
-            log_evidence=judged.mean,
-            mean_standard_error=judged.mean_standard_error,
+            log_evidence={"value": judged.mean, "standard_error": judged.mean_standard_error},
             sampling_error=judged.sampling_error,
             seconds_per_epoch=history.records[-1]["seconds"] / len(history.records),
         )

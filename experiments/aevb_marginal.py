@@ -37,10 +37,10 @@ BATCH, UPDATES = 100, 5
 EM = "Monte Carlo EM"
 LOSSES: dict[str, Callable[[], Any]] = {"AEVB": TraceMeanField_ELBO, "wake-sleep": pv.WakeSleep}
 COLOURS = {"AEVB": "tab:blue", "wake-sleep": "tab:red", EM: "tab:green"}
+STYLES = {"train": "-", "test": "--", "train annealed": "x", "test annealed": "+"}
 REPORTED = {
-    "source": "Kingma and Welling, Auto-Encoding Variational Bayes (2014), figure 3",
-    "1000 training data": "all curves between the axes' ends, -160 and -100 nats",
-    "50000 training data": "between -160 and -125 nats; no Monte Carlo EM, which is too slow",
+    "figure 3, 1000 training data": "-160 to -100 nats on the axis",
+    "figure 3, 50000 training data": "-160 to -125 nats on the axis; no Monte Carlo EM: too slow",
 }
 
 
@@ -150,17 +150,16 @@ class MonteCarloEM:
         self.seconds += time.perf_counter() - started
 
 
-def judged(model: Any, start: Any, x: Tensor, args: argparse.Namespace) -> dict[str, float]:
+def judged(model: Any, start: Any, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Log p(x) in both ways, nats per datum, with the estimators' errors."""
     options: dict[str, Any] = {"num_chains": args.num_chains, "leapfrog_steps": args.leapfrog_steps}
     found = {
-        "log_evidence": pv.reciprocal_evidence(
+        "": pv.reciprocal_evidence(
             model, start, x, num_draws=args.num_draws, acceptance=0.9, **options
         ),
-        "annealed": pv.ais(model, start, x, temperatures=args.temperatures, **options),
+        " annealed": pv.ais(model, start, x, temperatures=args.temperatures, **options),
     }
-    figures = {name: estimate.mean for name, estimate in found.items()}
-    return figures | {f"{n}_error": e.mean_standard_error for n, e in found.items()}
+    return {n: {"value": e.mean, "standard_error": e.mean_standard_error} for n, e in found.items()}
 
 
 @dataclass
@@ -185,13 +184,13 @@ class Judge:
         if epoch not in times or name in self.results:
             return
         figures: dict[str, Any] = {"num_train": size, "method": self.method, "seed": self.seed}
-        figures |= {"samples": epoch * size, "epochs": done, "epochs_wanted": self.wanted}
+        figures |= {"samples": epoch * size, "epochs": done, "of_epochs": self.wanted}
         for part, data in (("train", self.train), ("test", self.test)):
             x = data[: self.args.images].to(next(model.parameters()).device)
             found = judged(model, start, x, self.args)
-            figures |= {f"{part}_{key}": value for key, value in found.items()}
+            figures |= {f"{part}{way}": figure for way, figure in found.items()}
         self.results.put(name, **figures, seconds=seconds)
-        train, test = figures["train_log_evidence"], figures["test_log_evidence"]
+        train, test = figures["train"]["value"], figures["test"]["value"]
         print(f"{name}: {train:.2f} training, {test:.2f} test, nats per datum")
 
 
@@ -202,16 +201,17 @@ def row_name(size: int, method: str, seed: int, epoch: int) -> str:
 
 def train_em(model: Any, judge: Judge, path: Path, left: float) -> None:
     """Monte Carlo EM, for so many seconds at most."""
-    device = judge.args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = judge.args.device.replace("auto", usual)
     x = judge.train.to(device)
     em = MonteCarloEM(model.to(device), x, judge.args.step, judge.seed, path)
     start, until = pv.from_prior(model), time.monotonic() + left
-    while em.passes * UPDATES < judge.wanted and time.monotonic() < until:
+    while em.passes * UPDATES < judge.wanted:
         em.run_pass()
         judge(model, start, em.passes * UPDATES, em.seconds)
         em.save()
+        if time.monotonic() > until:
+            break
     judge(model, start, em.passes * UPDATES, em.seconds)
 
 
@@ -230,7 +230,7 @@ def train_pair(model: Any, guide: Any, judge: Judge, path: Path, left: float) ->
         epochs=judge.wanted,
         batch_size=BATCH,
         seed=judge.seed,
-        max_seconds=None if left == math.inf else left,
+        max_seconds=left,
         out=path,
         resume=(path / "config.json").is_file(),
         device=judge.args.device,
@@ -250,11 +250,11 @@ def picture(results: pv.Results, path: Path) -> None:
         for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in mine):
             line = [row for row in mine if (row["method"], row["seed"]) == (method, seed)]
             line.sort(key=lambda row: row["samples"])
-            keys = ("samples", "train_log_evidence", "test_log_evidence", "train_annealed")
-            columns = [[row[key] for row in line] for key in (*keys, "test_annealed")]
+            samples = [row["samples"] for row in line]
             label = method if seed == mine[0]["seed"] else None
-            for values, style in zip(columns[1:], ("-", "--", "x", "+"), strict=True):
-                axes.plot(columns[0], values, style, color=COLOURS[method], label=label)
+            for key, style in STYLES.items():
+                values = [row[key]["value"] for row in line]
+                axes.plot(samples, values, style, color=COLOURS[method], label=label)
                 label = None
         axes.set(xscale="log", xlabel="training samples evaluated")
         axes.set(ylabel="log p(x), nats per datum", title=f"{size:,} training data")
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/aevb_marginal"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 50_000])
     parser.add_argument("--epochs", type=int, help="by default so many as make 5 10^7 samples")
-    parser.add_argument("--budget", type=float, help="minutes of this call, judging included")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, with judging")
     parser.add_argument("--methods", nargs="+", default=[*COLOURS], choices=[*COLOURS])
     parser.add_argument("--most-em", type=int, default=1000, help="training data of EM, at most")
     parser.add_argument("--latent-dim", type=int, default=3)
@@ -325,19 +325,17 @@ def main() -> None:
         if method != EM or n <= args.most_em
     ]
     jobs = [job for job in jobs if row_name(*job, wanted[job[0]]) not in results]
-    end = math.inf if args.budget is None else time.monotonic() + 60 * args.budget
+    left = 60 * args.budget
     for number, (n, method, seed) in enumerate(jobs):
-        left = (end - time.monotonic()) / (len(jobs) - number)
-        if left <= 0:
-            print("the budget is spent; the same command goes on")
-            break
         x, run = data.train[:n], args.out / f"{n}-{[*COLOURS].index(method)}-seed{seed}"
         judge = Judge(results, x, data.test, wanted[n], method, seed, args)
         model, guide = build(data.dim, args.latent_dim, args.hidden, seed)
+        began, share = time.perf_counter(), max(left, 0.001) / (len(jobs) - number)
         if method == EM:
-            train_em(model, judge, run / "em.pt", left)
+            train_em(model, judge, run / "em.pt", share)
         else:
-            train_pair(model, guide, judge, run, left)
+            train_pair(model, guide, judge, run, share)
+        left -= time.perf_counter() - began
     if results.rows:
         picture(results, args.out / "aevb_marginal.png")
     print(f"figures: {results.path}; picture: {args.out / 'aevb_marginal.png'}")

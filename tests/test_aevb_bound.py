@@ -77,7 +77,7 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
     rows = {row["name"]: row for row in figures["rows"]}
     assert len(rows) == 3
     for name, row in rows.items():
-        assert row["epochs"] == row["epochs_wanted"] == 2
+        assert row["epochs"] == row["of_epochs"] == 2
         assert math.isfinite(row["test_bound"])
         assert figures["curves"][name]["samples"] == [row["num_train"], 2 * row["num_train"]]
         assert ("variance_gain_last" in row) == (row["method"] == "AEVB")
