@@ -302,7 +302,7 @@ def main() -> None:
         variant = VARIANTS[name]
         torch.manual_seed(seed)
         pair = variant.pair(len(x), data.dim, args)
-        run = args.out / "".join(c if c.isalnum() else "-" for c in label.lower())
+        run = args.out / label
         began = time.perf_counter()
         history = pv.fit(
             *pair,
@@ -322,7 +322,7 @@ def main() -> None:
         figures, images = judged(variant, pair, x, data, args)
         torch.save(images, run / "images.pt")
         figures |= {"epochs": len(history.records), "seconds": history["seconds"][-1]}
-        results.put(label, **figures, run=run.name)
+        results.put(label, **figures, of=args.epochs)
         print(label, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()})
     draw(results, data, args.out)
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'autoencoders.png'}")
@@ -330,7 +330,7 @@ def main() -> None:
 
 def draw(results: pv.Results, data: pv.Split, out: Path) -> None:
     """Of every pair what it makes of test images, and of draws from N(0, I)."""
-    drawn = {r["name"]: torch.load(out / r["run"] / "images.pt") for r in results.rows[1:]}
+    drawn = {row["name"]: torch.load(out / row["name"] / "images.pt") for row in results.rows[1:]}
     originals = {"found": data.test[:SHOWN], "generated": data.train[:SHOWN]}
     shape = data.image_shape or (1, data.dim)
     figure = Figure(figsize=(10, 0.55 * len(drawn) + 1.2), layout="constrained")

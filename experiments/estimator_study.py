@@ -4,12 +4,11 @@ All that is wanted is the gradient of E_q[log p(x, z) - log q(z|x)], with z draw
 parameters are among those to be trained. On one pair:
 
     score function        Pyro's Trace_ELBO of a normal that has no pathwise gradient: E_q[f grad
-                          log q], unbiased for any q, and noisy
+                          log q], unbiased for any q, and noisy (Williams 1992)
     detached              z drawn, and held for a constant: wrong. The encoder's gradient is that of
                           -log q(z|x), which is zero on average: noise, and no signal
-    detached, exact KL    the same beside the KL in closed form: the encoder learns the KL alone,
-                          and forgets the data
-    Monte Carlo           Trace_ELBO: z = mu(x) + sigma(x) e, all terms by the draws
+    detached, exact KL    beside the KL in closed form: the encoder learns to forget the data
+    Monte Carlo           Trace_ELBO: z = mu(x) + sigma(x) e (Kingma and Welling 2014)
     exact KL              TraceMeanField_ELBO: the same, with the KL in closed form
     sticking the landing  the draws' path alone, without the score of q, whose mean is zero: it has
                           no noise where q is the posterior (Roeder et al. 2017)
@@ -25,8 +24,6 @@ optimizers: the bound and log p(x) of test data, and the time of a step.
 
     python experiments/estimator_study.py --out runs/estimator_study
     python experiments/estimator_study.py --data binarized_mnist --root ../shared/data --epochs 20
-
-References: Williams 1992 (score function); Kingma and Welling 2014 (section 2.4, algorithm 1).
 """
 
 import argparse
@@ -75,6 +72,7 @@ def pyros(loss: Any, num_particles: int) -> Any:
     return loss(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
 
 
+DIVERGED = "diverged"
 SCORE, EXACT, WEIGHTED = "score function", "exact KL", "importance weighted"
 monte_carlo, exact_kl = partial(pyros, Trace_ELBO), partial(pyros, TraceMeanField_ELBO)
 drawn, detached = partial(normal, kind=Drawn), partial(normal, kind=Detached)
@@ -89,8 +87,9 @@ ESTIMATORS: dict[str, tuple[Callable[[int], Any], Any]] = {
     WEIGHTED: (pv.ImportanceWeighted, pv.families.normal),
     "doubly reparameterized": (pv.DReG, pv.families.normal),
 }
+SIZES, KEYS = (10, 100, 1000), ("encoder_snr", "encoder_bias")
 OPTIMIZERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "SGD": (torch.optim.SGD, (1e-5, 1e-4, 1e-3)),
+    "SGD": (torch.optim.SGD, (1e-5, 1e-4, 3e-4)),
     "Adagrad": (torch.optim.Adagrad, (0.01, 0.03, 0.1)),
     "Adam": (torch.optim.Adam, (3e-4, 1e-3, 3e-3)),
 }
@@ -113,16 +112,12 @@ class Training:
         size = f"K = {self.particles}, minibatch {self.batch}"
         return f"{self.estimator}, {size}, {self.optimizer} {self.rate:g}, seed {self.seed}"
 
-    def folder(self, out: Path) -> Path:
-        """Where its run lies."""
-        return out / "".join(c if c.isalnum() else "-" for c in self.name.lower())
-
 
 # What is compared, by what varies.
 PANELS: dict[str, dict[str, Training]] = {
     "estimator": {name: Training(name) for name in (EXACT, *ESTIMATORS)},
     "draws": {f"{e}, K = {k}": Training(e, k) for e in (EXACT, WEIGHTED) for k in (1, 5, 25)},
-    "minibatch": {f"minibatch of {size}": Training(batch=size) for size in (10, 100, 1000)},
+    "minibatch": {f"minibatch of {size}": Training(batch=size) for size in SIZES},
     "optimizer": {
         f"{name}, rate {rate:g}": Training(optimizer=name, rate=rate)
         for name, (_, rates) in OPTIMIZERS.items()
@@ -179,56 +174,60 @@ def measured(pair: Any, data: pv.Split, args: argparse.Namespace) -> list[dict[s
     pair[1].encoder.family = pv.families.normal
     many = gradients(pair, exact_kl(max(args.particles)), [train[:100]] * args.draws)
 
-    def note(name: str, particles: int, batches: list[Tensor], **more: Any) -> None:
+    def note(name: str, particles: int, batches: list[Tensor], *, anew: bool) -> None:
         loss, pair[1].encoder.family = ESTIMATORS[name]
         started = time.perf_counter()
         rows = gradients(pair, loss(particles), batches)
-        seconds = time.perf_counter() - started
-        facts = {"estimator": name, "particles": particles, "batch": len(batches[0]), **more}
+        ms = 1000 * (time.perf_counter() - started) / len(batches)
+        of = "" if anew else Training(name, particles, seed=args.seeds[0]).name
+        facts = {"estimator": name, "particles": particles, "batch": len(batches[0]), "ms": ms}
         for group, of_group in rows.items():
-            noise = noise_of(of_group, many[group].mean(0)).items()
+            noise = noise_of(of_group, (of_group if anew else many[group]).mean(0)).items()
             facts |= {f"{group}_{key}": value for key, value in noise}
-        found.append({**facts, "ms": 1000 * seconds / len(batches)})
+        found.append({**facts, "anew": anew, "of": of})
 
     for name in ESTIMATORS:
         for particles in args.particles:
             note(name, particles, [train[:100]] * args.draws, anew=False)
-    for size in args.batches:
-        anew = [train[torch.randint(len(train), (size,))] for _ in range(args.draws)]
+    for size in SIZES:
+        drawn_anew = [train[torch.randint(len(train), (size,))] for _ in range(args.draws)]
         for name in (SCORE, EXACT):
-            note(name, 1, anew, anew=True)
+            note(name, 1, drawn_anew, anew=True)
     return found
 
 
 def trained(
     job: Training, data: pv.Split, epochs: int, seconds: float, args: argparse.Namespace
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The pair after so many epochs, or what the seconds allowed, and the records of training."""
+    """The pair after so many epochs, or what the seconds allowed, and its records; None if lost."""
     torch.manual_seed(job.seed)
     layers = partial(pv.networks.mlp, hidden_dims=args.hidden_dims)
     inward, outward = layers(data.dim, (2, args.latent_dim)), layers(args.latent_dim, (1, data.dim))
-    likelihood = pv.Conditional(outward, pv.families.bernoulli)
-    model = pv.Model(pv.priors.StandardNormal(args.latent_dim), likelihood)
+    prior = pv.priors.StandardNormal(args.latent_dim)
+    model = pv.Model(prior, pv.Conditional(outward, pv.families.bernoulli))
     loss, family = ESTIMATORS[job.estimator]
     guide = pv.Guide(pv.Conditional(inward, family))
     if not epochs:
         return (model, guide), []
-    run = job.folder(args.out)
-    history = pv.fit(
-        model,
-        guide,
-        data,
-        loss=loss(job.particles),
-        optimizer=lambda params: OPTIMIZERS[job.optimizer][0](params, lr=job.rate),
-        epochs=epochs,
-        batch_size=job.batch,
-        seed=job.seed,
-        max_seconds=seconds,
-        out=run,
-        resume=(run / "config.json").exists(),
-        device=args.device,
-        pictures=False,
-    )
+    run = args.out / job.name
+    try:
+        history = pv.fit(
+            model,
+            guide,
+            data,
+            loss=loss(job.particles),
+            optimizer=lambda params: OPTIMIZERS[job.optimizer][0](params, lr=job.rate),
+            epochs=epochs,
+            batch_size=job.batch,
+            seed=job.seed,
+            max_seconds=seconds,
+            out=run,
+            resume=(run / "config.json").exists(),
+            device=args.device,
+            pictures=False,
+        )
+    except pv.DivergedError:
+        return None, []
     return (model, guide), history.records
 
 
@@ -245,7 +244,6 @@ def main() -> None:
     parser.add_argument("--latent-dim", type=int, default=10)
     parser.add_argument("--hidden-dims", type=int, nargs="+", default=[200])
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--batches", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--draws", type=int, default=100, help="of each gradient")
     parser.add_argument("--num-particles", type=int, default=500, help="of log p(x)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise: of the first")
@@ -253,8 +251,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, few trainings")
     args = parser.parse_args()
     if args.smoke:
-        args.epochs, args.draws, args.num_particles = 2, 3, 10
-        args.hidden_dims, args.latent_dim, args.particles, args.batches = [8], 2, [1, 2], [10]
+        args.epochs, args.draws, args.num_particles = 2, 2, 10
+        args.hidden_dims, args.latent_dim, args.particles = [8], 2, [1]
     warnings.filterwarnings("ignore", message=r"(?s).*REINFORCE")  # its noise is measured here
 
     try:
@@ -265,11 +263,10 @@ def main() -> None:
             title=f"Estimators of the gradient: {data.name}",
             protocol={
                 "data": data.summary(),
-                "pair": f"N(0, I) in {args.latent_dim} dimensions, softplus layers "
-                f"{args.hidden_dims} on each side, Bernoulli likelihood, diagonal normal guide",
+                "pair": f"{args.latent_dim} latents, softplus layers {args.hidden_dims}, Bernoulli",
                 "training": f"{args.epochs} epochs, parameters of the best validation bound",
                 "noise": f"{args.draws} estimates: of the first 100 training data, K = "
-                f"{args.particles}; of minibatches drawn anew, sizes {args.batches}",
+                f"{args.particles}; of minibatches drawn anew, sizes {SIZES}",
                 "evaluation": f"test data, {args.num_particles} particles",
                 "seeds": args.seeds,
             },
@@ -277,17 +274,16 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    kept = json.loads(results.path.read_text())
-    noise = kept.get("noise", {})
+    noise = json.loads(results.path.read_text()).get("noise", {})
     stages = [e for e in (0, max(1, args.epochs // 20)) if str(e) not in noise] + [args.epochs]
-    over = {row["name"] for row in kept["rows"] if row["epochs"] == args.epochs}
+    over = {row["name"] for row in results.rows if row["epochs"] in (args.epochs, DIVERGED)}
     every = dict.fromkeys(t for panel in PANELS.values() for t in panel.values())
     some = Training(), Training(SCORE), Training(batch=1000)
     jobs = [replace(t, seed=s) for s in args.seeds for t in (some if args.smoke else every)]
     jobs = [job for job in jobs if job.name not in over]
     reference, left = Training(seed=args.seeds[0]), 60 * args.budget
+    pair, records = None, []
     for done, job in enumerate(jobs):
-        pair, records = (), []
         for epochs in stages if job == reference else [args.epochs]:
             began = time.perf_counter()
             pair, records = trained(job, data, epochs, max(left, 0.001) / (len(jobs) - done), args)
@@ -295,19 +291,24 @@ def main() -> None:
             if job == reference and len(records) == epochs:
                 noise[str(epochs)] = measured(pair, data, args)
                 results.note(noise=noise)
+        if pair is None:
+            results.put(job.name, epochs=DIVERGED)
+            continue
         found = pv.log_evidence(*pair, data.test, num_particles=args.num_particles)
-        seconds, steps = records[-1]["seconds"], len(records) * -(-len(data.train) // job.batch)
+        here = {e: [m for m in of if m["of"] == job.name] for e, of in noise.items()}
+        steps = len(records) * -(-len(data.train) // job.batch)
         results.put(
             job.name,
             elbo=found.elbo.mean().item(),
             log_evidence=found.mean,
             mean_standard_error=found.mean_standard_error,
-            sampling_error=found.sampling_error,
             epochs=len(records),
-            seconds=seconds,
-            ms_per_step=1000 * seconds / steps,
+            of=args.epochs,
+            seconds=records[-1]["seconds"],
+            ms_per_step=1000 * records[-1]["seconds"] / steps,
+            **{f"{k}_{e}": m[k] for k in KEYS for e, of in here.items() for m in of},
         )
-        print(f"{job.name}: ELBO {found.elbo.mean().item():.2f}, {found}")
+        print(f"{job.name}: {found}")
     draw(noise, args.seeds[0], args.out)
     print(f"figures: {results.path}; picture: {args.out / 'estimator_study.png'}")
 
@@ -333,7 +334,7 @@ def draw(noise: dict[str, Any], seed: int, out: Path) -> None:
     best = -math.inf
     for place, (what, panel) in zip(axes[1], PANELS.items(), strict=True):
         for label, job in panel.items():
-            file = replace(job, seed=seed).folder(out) / "metrics.jsonl"
+            file = out / replace(job, seed=seed).name / "metrics.jsonl"
             records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
             curve = [(r["seconds"], r["valid_elbo"]) for r in records]
             place.plot(*zip(*curve, strict=True) if curve else ([], []), label=label)

@@ -1,5 +1,6 @@
 """Estimators of a gradient against the exact one of a linear-Gaussian pair."""
 
+import argparse
 import json
 import math
 import runpy
@@ -137,6 +138,13 @@ def test_noise_is_told_from_signal():
     assert max(nothing) < 0.2 < (1 / 10) ** 0.5
 
 
+def test_a_training_that_diverges_is_told_and_does_not_end_the_study(tmp_path):
+    args = argparse.Namespace(hidden_dims=[4], latent_dim=2, out=tmp_path, device="cpu")
+    job = SCRIPT["Training"](optimizer="SGD", rate=1e6)
+    data = pv.load_data("digits").binarize()
+    assert SCRIPT["trained"](job, data, 1, math.inf, args) == (None, [])
+
+
 def test_a_call_that_is_repeated_measures_and_trains_nothing_again(monkeypatch, tmp_path, capsys):
     out = tmp_path / "run"
 
@@ -148,14 +156,16 @@ def test_a_call_that_is_repeated_measures_and_trains_nothing_again(monkeypatch, 
     figures = run()
     assert len(figures["rows"]) == 3
     for row in figures["rows"]:
-        assert row["epochs"] == 2
+        assert row["epochs"] == row["of"] == 2
         assert math.isfinite(row["log_evidence"])
     assert list(figures["noise"]) == ["0", "1", "2"]
+    start = next(m for m in figures["noise"]["0"] if m["estimator"] == "exact KL")
+    assert figures["rows"][0]["encoder_snr_0"] == start["encoder_snr"]
     for stage in figures["noise"].values():
         assert {m["estimator"] for m in stage} == set(ESTIMATORS)
         assert all(m["decoder_variance"] > 0 and m["ms"] > 0 for m in stage)
     assert (out / "estimator_study.png").stat().st_size > 1000
-    assert f"{figures['rows'][0]['elbo']:.2f}" in capsys.readouterr().out
+    assert f"{figures['rows'][0]['log_evidence']:.3f}" in capsys.readouterr().out
     monkeypatch.setattr(pv, "fit", None)
     monkeypatch.setattr(pv, "SVI", None)
     assert run() == figures
