@@ -168,6 +168,7 @@ def test_a_call_that_is_repeated_trains_nothing_again(monkeypatch, tmp_path, cap
     assert (out / "autoencoders.png").stat().st_size > 1000
     assert f"{rows[0]['reconstruction']:.4g}" in capsys.readouterr().out
     monkeypatch.setattr(pv, "fit", None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes seconds
     assert run() == figures
     with pytest.raises(SystemExit):  # another protocol
         run("--seeds", "1")

@@ -168,6 +168,7 @@ def test_a_call_that_is_repeated_measures_and_trains_nothing_again(monkeypatch, 
     assert f"{figures['rows'][0]['log_evidence']:.3f}" in capsys.readouterr().out
     monkeypatch.setattr(pv, "fit", None)
     monkeypatch.setattr(pv, "SVI", None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes seconds
     assert run() == figures
     with pytest.raises(SystemExit):
         run("--seeds", "1")
