@@ -1,0 +1,350 @@
+r"""The same VAE three times: by hand in PyTorch, by hand in JAX, and as a pair of Pyro programs.
+
+The VAE that the deep-learning libraries show as their example: 500 hidden ReLU units on each side,
+20 latents, an encoder that ends in a mean and a log-variance, z = mean + exp(log-variance / 2) eps,
+Bernoulli pixels, and the closed-form KL -1/2 sum(1 + log s^2 - m^2 - s^2) of appendix B of Kingma
+and Welling, "Auto-encoding variational Bayes" (2014). From the same weights, data and noise all
+three have to say the same: loss, gradients, and the whole course of a training. Measured are how
+nearly they do, in either precision, and what a step of each costs. Called again, the script goes on
+where it stopped. JAX joins in where it is installed (pip install jax).
+
+    python experiments/neural_nets.py --out runs/neural_nets
+    python experiments/neural_nets.py --data binarized_mnist --root FOLDER --epochs 10 --budget 5
+"""
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vae as pv
+
+Weights = dict[str, Tensor]
+BATCH, RATE, BETAS, EPS = 128, 1e-3, (0.9, 0.999), 1e-8
+ADAM = partial(torch.optim.Adam, lr=RATE, fused=True)
+HAND, JAX, OURS = "PyTorch by hand", "JAX by hand", "Pyro programs"
+
+
+class ByHand(nn.Module):
+    """The VAE as a module that returns its loss."""
+
+    def __init__(self, dim: int, hidden: int, latent_dim: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(dim, hidden)
+        self.mean = nn.Linear(hidden, latent_dim)
+        self.log_variance = nn.Linear(hidden, latent_dim)
+        self.decoder = nn.Linear(latent_dim, hidden)
+        self.pixels = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Minus the bound, summed over the minibatch, in nats."""
+        h = self.encoder(x).relu()
+        mean, log_variance = self.mean(h), self.log_variance(h)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        logits = self.pixels(self.decoder(z).relu())
+        distortion = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        rate = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
+        return distortion + rate
+
+
+class InJax:
+    """Pure functions, compiled as a whole, with Adam written out."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.jax: Any = importlib.import_module("jax")
+        self.jax.config.update("jax_enable_x64", val=True)  # else it has no float64
+        self.weights = {name: self.array(w) for name, w in weights.items()}
+        zeros = self.jax.tree.map(lambda w: 0 * w, self.weights)
+        self.moments, self.steps = (zeros, zeros), 0
+        self.gradient = self.jax.value_and_grad(self.loss)
+        self.adam = self.jax.jit(self.update)
+
+    def array(self, x: Tensor) -> Any:
+        """A tensor as an array of JAX."""
+        return self.jax.numpy.asarray(x.detach().cpu().numpy())
+
+    def loss(self, w: Any, x: Any, eps: Any) -> Any:
+        """Minus the bound, summed over the minibatch, in nats."""
+        exp, relu = self.jax.numpy.exp, self.jax.nn.relu
+        h = relu(x @ w["encoder.weight"].T + w["encoder.bias"])
+        mean = h @ w["mean.weight"].T + w["mean.bias"]
+        log_variance = h @ w["log_variance.weight"].T + w["log_variance.bias"]
+        z = mean + exp(0.5 * log_variance) * eps
+        h = relu(z @ w["decoder.weight"].T + w["decoder.bias"])
+        logits = h @ w["pixels.weight"].T + w["pixels.bias"]
+        distortion = (self.jax.nn.softplus(logits) - logits * x).sum()
+        return distortion - 0.5 * (1 + log_variance - mean**2 - exp(log_variance)).sum()
+
+    def update(self, w: Any, moments: Any, t: Any, x: Any) -> Any:
+        """The loss, and weights and moments after a step."""
+        key = self.jax.random.fold_in(self.jax.random.key(0), t)
+        eps = self.jax.random.normal(key, (len(x), len(w["mean.bias"])), x.dtype)
+        loss, gradient = self.gradient(w, x, eps)
+        each, (a, b) = self.jax.tree.map, BETAS
+        first = each(lambda m, g: a * m + (1 - a) * g, moments[0], gradient)
+        second = each(lambda v, g: b * v + (1 - b) * g**2, moments[1], gradient)
+        rate, scale = RATE / (1 - a**t), (1 - b**t) ** -0.5
+        moved = each(lambda m, v: rate * m / (scale * v**0.5 + EPS), first, second)
+        return loss, each(lambda p, d: (p - d).astype(p.dtype), w, moved), (first, second)
+
+    def step(self, x: Any) -> Any:
+        """Take a step with noise of its own; the loss before it."""
+        self.steps += 1
+        loss, self.weights, self.moments = self.adam(self.weights, self.moments, self.steps, x)
+        return loss
+
+
+def of_log_variance(params: Tensor) -> Any:
+    """A family of one's own: params (*batch, 2, D), a mean and a log-variance.
+
+    ``partial(pv.families.normal, to_scale=pv.families.exp_half, min_scale=0.0)`` is the same.
+    """
+    mean, log_variance = params.unbind(-2)
+    return dist.Normal(mean, (0.5 * log_variance).exp()).to_event(1)
+
+
+def pair(w: Weights) -> tuple[pv.Model, pv.Guide, list[Tensor]]:
+    """p(z) p(x|z) and q(z|x) with these weights, and their parameters as ``packed`` has them."""
+    hidden, dim = w["encoder.weight"].shape
+    latent_dim = len(w["mean.bias"])
+    network = partial(pv.networks.mlp, hidden_dims=(hidden,), activation=nn.ReLU)
+    encoder = pv.Conditional(network(dim, (2, latent_dim)), of_log_variance)
+    likelihood = pv.Conditional(network(latent_dim, (1, dim)), pv.families.bernoulli)
+    model, guide = pv.Model(pv.priors.StandardNormal(latent_dim), likelihood), pv.Guide(encoder)
+    for program in (model, guide):
+        program.to(w["encoder.weight"])
+    parameters: list[Tensor] = [*encoder.parameters(), *likelihood.parameters()]
+    for parameter, weight in zip(parameters, packed(w), strict=True):
+        parameter.data.copy_(weight)
+    return model, guide, parameters
+
+
+def packed(w: Weights) -> list[Tensor]:
+    """In the order of a pair's parameters: the two heads are the rows of one matrix."""
+    kinds = ("weight", "bias")
+    heads = [torch.cat([w[f"mean.{kind}"], w[f"log_variance.{kind}"]]) for kind in kinds]
+    first, *last = ([w[f"{n}.{kind}"] for kind in kinds] for n in ("encoder", "decoder", "pixels"))
+    return [*first, *heads, *last[0], *last[1]]
+
+
+def agreement(by_hand: ByHand, x: Tensor) -> dict[str, dict[str, float]]:
+    """How far loss and gradients of the others are from those by hand in PyTorch, relatively."""
+    w = {name: weight.detach() for name, weight in by_hand.state_dict().items()}
+    torch.manual_seed(0)
+    loss = by_hand(x)
+    gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+    expected = flat(packed(dict(zip(w, gradients, strict=True))))
+    model, guide, parameters = pair(w)
+    sgd = partial(torch.optim.SGD, lr=1.0)  # a step of length one is the gradient
+    svi = pv.SVI(model, guide, sgd, loss=TraceMeanField_ELBO(), compile=False)
+    torch.manual_seed(0)
+    found = {OURS: (svi.step(x).item(), flat(packed(w)) - flat(parameters))}
+    if importlib.util.find_spec("jax") is not None:
+        in_jax = InJax(w)
+        torch.manual_seed(0)
+        eps = in_jax.array(torch.randn(len(x), len(w["mean.bias"]), dtype=x.dtype))
+        minus, jax_gradients = in_jax.gradient(in_jax.weights, in_jax.array(x), eps)
+        tensors = {name: torch.from_numpy(np.array(g)) for name, g in jax_gradients.items()}
+        found[JAX] = float(minus), flat(packed(tensors))
+    bits = torch.finfo(x.dtype).bits
+    return {
+        name: {
+            f"loss difference, {bits} bits": abs(minus / loss.item() - 1),
+            f"gradient difference, {bits} bits": ((g - expected).norm() / expected.norm()).item(),
+        }
+        for name, (minus, g) in found.items()
+    }
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """All numbers of some tensors in a row."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def steppers(by_hand: ByHand, x: Tensor, *, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """A step of each, with Adam."""
+    w = {name: weight.detach() for name, weight in by_hand.state_dict().items()}
+    optimizer = ADAM(by_hand.parameters())
+
+    def step(module: Callable[[Tensor], Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        loss = module(x)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    found: dict[str, Callable[[], Any]] = {}
+    for compile, suffix in ((False, ""), (True, ", compiled"))[: 1 + compiled]:
+        svi = pv.SVI(*pair(w)[:2], ADAM, loss=TraceMeanField_ELBO(), compile=compile)
+        found[HAND + suffix] = partial(step, torch.compile(by_hand) if compile else by_hand)
+        found[OURS + suffix] = partial(svi.step, x)
+    if importlib.util.find_spec("jax") is not None and x.device.type == "cpu":
+        in_jax = InJax(w)
+        found[JAX] = partial(in_jax.step, in_jax.array(x))
+    return found
+
+
+def milliseconds(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The time of a step, the best of rounds in which all take turns."""
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(rounds):  # in the first one compilers work
+        for name, step in steps.items():
+            started = time.perf_counter()
+            for _ in range(19):
+                step()
+            float(step())  # waits for the device
+            best[name] = min(best[name], 1000 * (time.perf_counter() - started) / 20)
+    return best
+
+
+def trained(data: pv.Split, seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both in torch, by one order of the data and one noise: a row each."""
+    rows: dict[str, dict[str, Any]] = {}
+    judged: list[pv.Estimate] = []
+    for name in (HAND, OURS):
+        torch.manual_seed(seed)
+        by_hand = ByHand(data.dim, args.hidden, args.latent_dim)
+        model, guide, _ = pair(by_hand.state_dict())
+        out = args.out / f"{name.lower().replace(' ', '_')}-{seed}"
+        history = pv.fit(
+            *((model, guide) if name == OURS else (by_hand, nn.Identity())),
+            data,
+            loss=TraceMeanField_ELBO() if name == OURS else lambda module, _, x: module(x),
+            optimizer=ADAM,
+            epochs=args.epochs,
+            batch_size=BATCH,
+            seed=seed,
+            out=out,
+            resume=(out / "config.json").is_file(),
+            max_seconds=args.share,
+            device=args.device,
+            pictures=False,
+            progress=False,
+        )
+        if name == HAND:  # its weights are judged as a pair's
+            model, guide, _ = pair(by_hand.state_dict())
+        test, count = data.test[: args.num_test], args.num_particles
+        judged.append(found := pv.log_evidence(model, guide, test, num_particles=count))
+        rows[name] = {
+            "elbo": found.elbo.mean().item(),
+            "log_evidence": {"value": found.mean, "standard_error": found.mean_standard_error},
+            "epochs": len(history.records),
+            "of_epochs": args.epochs,
+            "train_seconds": history["seconds"][-1],
+            "losses": history["loss"],
+        }
+    losses = zip(*(row["losses"] for row in rows.values()), strict=False)
+    rows[OURS] |= {
+        "log p(x) more than by hand": pv.compare(*reversed(judged)).mean,
+        "largest difference of an epoch's loss": max(abs(a - b) for a, b in losses),
+    }
+    return rows
+
+
+def main() -> None:
+    """Compare the numbers, take the times, train, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="digits", help="digits, mnist, binarized_mnist...")
+    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path("runs/neural_nets"))
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--budget", type=float, help="minutes of training in this call")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="seconds: tiny, two epochs")
+    args = parser.parse_args()
+    args.hidden, args.latent_dim, args.num_particles = 500, 20, 500
+    if args.smoke:
+        args.epochs, args.hidden, args.latent_dim, args.num_particles = 2, 16, 3, 20
+
+    pyro.settings.set(module_local_params=True)  # each pair keeps its own parameters
+    data = pv.load_data(args.data, root=args.root)
+    data = data if data.num_levels is None else data.binarize()
+    args.num_test = min(30 if args.smoke else 1000, len(data.test))
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"By hand in PyTorch, in JAX, and as Pyro programs: {data.name}",
+        protocol={
+            "data": data.summary(),
+            "model": f"N(0, I) prior in {args.latent_dim} dimensions, {args.hidden} ReLU units on "
+            "each side, Bernoulli likelihood, diagonal normal guide of a mean and a log-variance",
+            "differences": f"to {HAND}, of one minibatch of {BATCH}, relative; gradients by norm",
+            "milliseconds": f"a step with Adam on {BATCH} data, the best of rounds of 20 in turns",
+            "training": f"closed-form KL, {args.epochs} epochs, batch {BATCH}, Adam, learning rate "
+            f"{RATE}, parameters of the best validation bound; one order of data, one noise",
+            "evaluation": f"{args.num_particles} importance weights, {args.num_test} test data",
+        },
+        device=args.device,
+    )
+    if OURS not in results or (JAX not in results and importlib.util.find_spec("jax") is not None):
+        for name, row in untrained(data, args).items():
+            results.put(name, **row)
+    if JAX not in results:
+        print("JAX is not installed (pip install jax): its row is missing.")
+    rows = {row["name"]: row["epochs"] for row in results.rows if "epochs" in row}
+    left = [s for s in args.seeds if rows.get(f"{OURS}, seed {s}", 0) < args.epochs]
+    args.share = None if args.budget is None else max(30 * args.budget / max(len(left), 1), 1e-3)
+    for seed in left:
+        for name, row in trained(data, seed, args).items():
+            results.put(f"{name}, seed {seed}", **row)
+    for row in results.rows:
+        print(", ".join(f"{key} {of}" for key, of in row.items() if not isinstance(of, list)))
+    draw(results.rows, args.out / "neural_nets.png")
+    print(f"figures: {results.path}; picture: {args.out / 'neural_nets.png'}")
+
+
+def untrained(data: pv.Split, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of what one step says and costs."""
+    torch.manual_seed(0)
+    by_hand, x = ByHand(data.dim, args.hidden, args.latent_dim), data.train[:BATCH]
+    rows: dict[str, dict[str, Any]] = {}
+    for dtype in (torch.float64, torch.float32):
+        for name, row in agreement(by_hand.to(dtype), x.to(dtype)).items():
+            rows[name] = rows.get(name, {}) | row
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    times = steppers(by_hand.to(device), x.to(device), compiled=not args.smoke)
+    for name, of in milliseconds(times, rounds=2 if args.smoke else 10).items():
+        rows[name] = rows.get(name, {}) | {"milliseconds": of}
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The course of the trainings, how far they are apart, and what a step costs."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    courses, apart, times = figure.subplots(1, 3)
+    named = {row["name"]: row for row in rows}
+    for i, name in enumerate(name for name in named if name.startswith(f"{OURS}, seed")):
+        hand = name.replace(OURS, HAND)
+        for of, marks in ((name, "-"), (hand, ".")):
+            bounds = [-loss for loss in named[of]["losses"]]
+            courses.plot(range(1, len(bounds) + 1), bounds, marks, color=f"C{i}", label=of)
+        both = zip(named[name]["losses"], named[hand]["losses"], strict=False)
+        apart.plot([abs(a - b) for a, b in both], marker=".", color=f"C{i}", label=name)
+    courses.set(xlabel="epoch", ylabel="bound on training data, nats per image")
+    apart.set(xlabel="epoch", ylabel="difference of the bounds, nats per image", yscale="symlog")
+    courses.legend()
+    costs = {name: row["milliseconds"] for name, row in named.items() if "milliseconds" in row}
+    times.barh(list(costs), list(costs.values()))
+    times.set(xlabel=f"milliseconds a step of {BATCH} data")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"neural_nets.py: {error}") from None
