@@ -15,6 +15,8 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
@@ -104,7 +106,9 @@ def _traced(function: Function, inputs: Sequence[Tensor]) -> _Run:
             return function(*tensors)
 
     try:
-        module = make_fx(run, tracing_mode="real")(*inputs)
+        # Without a context of its own every operation would make a mode for its shapes anew.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            module = make_fx(run, tracing_mode="real")(*inputs)
     except CannotCompileError:
         raise
     except Exception as error:
