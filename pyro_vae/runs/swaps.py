@@ -67,10 +67,9 @@ def compare_swaps(
         ...     "mixture": lambda: pair(pv.priors.Mixture(pv.families.normal, 5, (2, 2))),
         ... }
         >>> data = pv.load_data("digits").binarize()
+        >>> quick = {"epochs": 1, "num_particles": 10, "pictures": False, "progress": False}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found = pv.compare_swaps(
-        ...         swaps, data, out=folder, epochs=1, num_particles=10, progress=False
-        ...     )
+        ...     found = pv.compare_swaps(swaps, data, out=folder, **quick)
         >>> list(found.differences)
         ['mixture']
     """
