@@ -174,11 +174,8 @@ def thinned(history: pv.History, size: int) -> dict[str, list[float]]:
     count = len(history.records)
     epochs = sorted({round(count ** (i / 100)) for i in range(101)})
     rows = [history.records[epoch - 1] for epoch in epochs]
-    return {
-        "samples": [row["epoch"] * size for row in rows],
-        "train": [row["elbo"] for row in rows],
-        "test": [row["valid_elbo"] for row in rows],
-    }
+    curves = {"train": [r["elbo"] for r in rows], "test": [r["valid_elbo"] for r in rows]}
+    return {"samples": [row["epoch"] * size for row in rows], **curves}
 
 
 def picture(results: pv.Results, facts: dict[str, Any], names: list[str], path: Path) -> None:
@@ -294,26 +291,29 @@ def main() -> None:
         known = results[label]["step"] if label in results else None
         step = known or chosen_step(make, loss, data, args.steps, args.pilot)
         run = args.out / f"{name}-{latent_dim}-{[*METHODS].index(method)}-seed{seed}"
-        run.mkdir(parents=True, exist_ok=True)
         model, guide = make()
         noise = Noise(run.with_suffix(".json"), model, guide, data.test[:BATCH], args.draws)
         began = time.perf_counter()
-        history = pv.fit(
-            model,
-            guide,
-            data,
-            loss=loss(),
-            optimizer=adagrad(model, guide, step, len(data.train)),
-            epochs=wanted[name],
-            batch_size=BATCH,
-            seed=seed,
-            max_seconds=max(left, 0.001) / (len(pending) - number),
-            out=run,
-            resume=(run / "config.json").is_file(),
-            device=args.device,
-            callbacks=[noise] if method == "AEVB" else [],
-            pictures=False,
-        )
+        try:
+            history = pv.fit(
+                model,
+                guide,
+                data,
+                loss=loss(),
+                optimizer=adagrad(model, guide, step, len(data.train)),
+                epochs=wanted[name],
+                batch_size=BATCH,
+                seed=seed,
+                max_seconds=max(left, 0.001) / (len(pending) - number),
+                out=run,
+                resume=(run / "config.json").is_file(),
+                device=args.device,
+                callbacks=[noise] if method == "AEVB" else [],
+                pictures=False,
+            )
+        except pv.DivergedError as error:  # the others go on
+            print(f"{label}: {error}")
+            continue
         left -= time.perf_counter() - began
         done, last = len(history.records), history.records[-1]
         facts["curves"][label] = thinned(history, len(data.train))
