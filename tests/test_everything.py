@@ -1,0 +1,131 @@
+"""Running all experiments: shares of a budget, going on, failures that stop no other, pages."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCRIPT = runpy.run_path(str(EXPERIMENTS / "everything.py"))
+JOBS = SCRIPT["JOBS"]
+
+# Stands for every experiment: trains an epoch a call, and writes down how it was called.
+FAKE = """
+import json, sys
+from pathlib import Path
+name, words = Path(sys.argv[0]).stem, sys.argv[1:]
+out = Path(words[words.index("--out") + 1])
+out.mkdir(exist_ok=True)
+with (out / "calls.jsonl").open("a") as file:
+    file.write(json.dumps(words) + "\\n")
+if name == "autoencoders":
+    raise SystemExit("first line\\nautoencoders.py: the data are missing; put them there")
+epochs = len((out / "calls.jsonl").read_text().splitlines())
+row = {"name": "one", "epochs": min(epochs, 2), "of_epochs": 2}
+protocol = {"epochs": words[words.index("--epochs") + 1] if "--epochs" in words else "full"}
+(out / "results.json").write_text(json.dumps({"title": name, "protocol": protocol, "rows": [row]}))
+(out / f"{name}.png").touch()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkout whose experiments are fakes."""
+    experiments = tmp_path / "experiments"
+    experiments.mkdir()
+    for name in ("everything.py", "tables.py"):
+        shutil.copyfile(EXPERIMENTS / name, experiments / name)
+    for job in JOBS.values():
+        (experiments / f"{job.script}.py").write_text(FAKE)
+    (tmp_path / "docs" / "evidence").mkdir(parents=True)
+    return tmp_path
+
+
+def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(folder / "experiments" / "everything.py")]
+    words += ["--out", str(folder / "runs"), *options]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def calls(folder: Path, name: str) -> list[list[str]]:
+    path = folder / "runs" / name / "calls.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=list(JOBS))
+def test_every_job_is_a_script_with_these_options(job):
+    text = (EXPERIMENTS / f"{job.script}.py").read_text()
+    options = {"--out", "--device", "--smoke", "--root", "--budget"}
+    options |= {word for word in f"{job.options} {job.reduced}".split() if word.startswith("--")}
+    assert options <= set(re.findall(r'"(--[a-z-]+)"', text))
+    assert job.weight > 0
+    assert f'"{job.script}.png"' in text.replace("args.out / ", "").replace('f"', '"')
+
+
+def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(folder):
+    names = ["estimator_study", "full_vb", "aevb_bound"]
+    told = call(folder, "--only", *names, "--budget", "60")
+    assert told.returncode == 0, told.stderr
+    weights = [JOBS[name].weight for name in names]
+    for i, name in enumerate(names):  # the fakes take next to nothing of an hour
+        ((*_, option, minutes),) = calls(folder, name)
+        share = 0.8 * 60 * weights[i] / sum(weights[i:])
+        assert option == "--budget"
+        assert float(minutes) == pytest.approx(share, rel=0.02)
+
+
+def test_what_is_finished_is_left_alone_and_what_is_not_goes_on(folder):
+    names = ["full_vb", "estimator_study"]
+    for times in (1, 2, 2):
+        assert call(folder, "--only", *names).returncode == 0
+        assert [len(calls(folder, name)) for name in names] == [times, times]
+    assert call(folder, "--only", "full_vb", "--device", "cuda").returncode == 0
+    assert calls(folder, "full_vb")[-1][-2:] == ["--device", "cuda"]  # another call, another end
+
+
+def test_a_failure_stops_no_other_and_is_said_at_the_end(folder):
+    told = call(folder, "--only", "autoencoders", "estimator_study")
+    assert told.returncode == 1
+    assert len(calls(folder, "estimator_study")) == 1
+    assert "autoencoders: failed (1)" in told.stdout
+    assert told.stdout.rstrip().endswith("autoencoders.py: the data are missing; put them there")
+    again = call(folder, "--only", "autoencoders")
+    assert (again.returncode, len(calls(folder, "autoencoders"))) == (1, 2)
+
+
+def test_time_that_has_run_out_ends_a_script_and_the_others_are_left(folder):
+    sleeping = "import time\ntime.sleep(60)\n"
+    (folder / "experiments" / "full_vb.py").write_text(sleeping)
+    told = call(folder, "--only", "full_vb", "neural_nets", "--budget", "0.005")
+    assert "full_vb: out of time; call again" in told.stdout
+    assert "neural_nets: no time left; call again" in told.stdout
+    assert calls(folder, "neural_nets") == []
+
+
+def test_a_smoke_run_calls_every_script_once(folder):
+    call(folder, "--smoke", "--root", "FOLDER")
+    called = {name: words for name in JOBS if (words := calls(folder, name))}
+    assert sorted(JOBS[name].script for name in called) == sorted({j.script for j in JOBS.values()})
+    assert all(words[0][-1] == "--smoke" for words in called.values())
+    assert call(folder, "--smoke", "--publish").returncode == 2
+
+
+def test_figures_are_published_and_reduced_ones_replace_no_others(folder):
+    docs = folder / "docs" / "results"
+    only = ["--only", "neural_nets_binarized_mnist", "autoencoders", "--publish"]
+    name = f"{only[1]}.json"
+    assert call(folder, *only, "--reduced", "--root", "R").returncode == 1
+    assert [file.name for file in docs.iterdir() if file.suffix == ".json"] == [name]
+    assert (docs / f"{only[1]}.png").is_file()
+    assert json.loads((docs / name).read_text())["protocol"] == {"epochs": "5"}
+    assert "## neural_nets" in (folder / "docs" / "results.md").read_text()
+    call(folder, *only)
+    assert json.loads((docs / name).read_text())["protocol"] == {"epochs": "full"}
+    told = call(folder, *only, "--reduced")
+    assert "not published" in told.stdout
+    assert json.loads((docs / name).read_text())["protocol"] == {"epochs": "full"}
