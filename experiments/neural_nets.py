@@ -55,8 +55,7 @@ class ByHand(nn.Module):
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         logits = self.pixels(self.decoder(z).relu())
         distortion = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-        rate = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
-        return distortion + rate
+        return distortion - 0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
 
 
 class InJax:
@@ -302,7 +301,8 @@ def main() -> None:
         for name, row in trained(data, seed, args).items():
             results.put(f"{name}, seed {seed}", **row)
     for row in results.rows:
-        print(", ".join(f"{key} {of}" for key, of in row.items() if not isinstance(of, list)))
+        cells = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        print(", ".join(f"{k} {v}" for k, v in cells.items() if not isinstance(v, list)))
     draw(results.rows, args.out / "neural_nets.png")
     print(f"figures: {results.path}; picture: {args.out / 'neural_nets.png'}")
 
@@ -332,13 +332,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for of, marks in ((name, "-"), (hand, ".")):
             bounds = [-loss for loss in named[of]["losses"]]
             courses.plot(range(1, len(bounds) + 1), bounds, marks, color=f"C{i}", label=of)
-        both = zip(named[name]["losses"], named[hand]["losses"], strict=False)
-        apart.plot([abs(a - b) for a, b in both], marker=".", color=f"C{i}", label=name)
+        both = list(zip(named[name]["losses"], named[hand]["losses"], strict=False))
+        apart.plot(range(1, len(both) + 1), [abs(a - b) for a, b in both], ".-", color=f"C{i}")
     courses.set(xlabel="epoch", ylabel="bound on training data, nats per image")
-    apart.set(xlabel="epoch", ylabel="difference of the bounds, nats per image", yscale="symlog")
+    apart.set(xlabel="epoch", ylabel="difference of the bounds, nats per image", ylim=(0.0, None))
     courses.legend()
     costs = {name: row["milliseconds"] for name, row in named.items() if "milliseconds" in row}
-    times.barh(list(costs), list(costs.values()))
+    times.barh(list(costs)[::-1], list(costs.values())[::-1])
     times.set(xlabel=f"milliseconds a step of {BATCH} data")
     figure.savefig(path, dpi=150)
 

@@ -120,7 +120,7 @@ def said(key: str, value: Any) -> str:
         return f"{value:,}" if "seed" not in key else str(value)
     if not isinstance(value, float):
         return str(value).replace("|", "\\|")
-    if "bits" in key:
+    if "bits_per" in key:
         return f"{value:.4f}"
     if "seconds" in key and abs(value) >= 10:
         return f"{value:,.0f}"
