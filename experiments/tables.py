@@ -124,7 +124,7 @@ def said(key: str, value: Any) -> str:
         return f"{value:.4f}"
     if "seconds" in key and abs(value) >= 10:
         return f"{value:,.0f}"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:#.3g}"
 
 
 def comparison(figures: dict[str, Any]) -> Section:
