@@ -37,10 +37,10 @@ def test_the_bound_of_the_set_is_log_p_of_all_data_less_the_guides_divergence():
     assert found["bound of the set"]["value"] == pytest.approx(exact, abs=1e-9)
     assert found["bound of the set"]["standard_error"] == pytest.approx(0.0, abs=1e-9)
     assert found["tighter_bound"] == pytest.approx(exact, abs=1e-9)
-    beside = SCRIPT["bound_of_the_set"]((model, lambda x: guide(x, 0.5)), X, 100)
+    beside = SCRIPT["bound_of_the_set"]((model, lambda x: guide(x, 0.5)), X, 40)
     bound, error = beside["bound of the set"].values()
     assert bound == pytest.approx(exact - 0.5**2 / 2 * 5 / 4, abs=4 * error)
-    assert bound < beside["tighter_bound"] == pytest.approx(exact, abs=0.05)
+    assert bound < beside["tighter_bound"] == pytest.approx(exact, abs=0.1)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict[str, Any]:
