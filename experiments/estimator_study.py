@@ -17,10 +17,9 @@ parameters are among those to be trained. On one pair:
     doubly reparameterized                                                  (Tucker et al. 2019)
 
 Measured are the variance of the gradient per datum, summed over the parameters of encoder or
-decoder, its signal to noise ratio |mean| / sqrt(variance), and its bias relative to the gradient
-(by many draws): of one minibatch, for K draws and at several stages of training; and of minibatches
-drawn anew. Then what is reached in training by each estimator, several K, sizes of minibatch and
-optimizers: the bound and log p(x) of test data, and the time of a step.
+decoder, its signal to noise ratio |mean| / sqrt(variance) and its relative bias: on one minibatch,
+for K draws and at several stages of training, and for minibatches drawn anew. Then bound, log p(x)
+of test data and time of training by each estimator, several K, sizes of minibatch and optimizers.
 
     python experiments/estimator_study.py --out runs/estimator_study
     python experiments/estimator_study.py --data binarized_mnist --root ../shared/data --epochs 20
@@ -115,7 +114,7 @@ class Training:
 
 # What is compared, by what varies.
 PANELS: dict[str, dict[str, Training]] = {
-    "estimator": {name: Training(name) for name in (EXACT, *ESTIMATORS)},
+    "estimator": {name: Training(name) for name in ESTIMATORS},
     "draws": {f"{e}, K = {k}": Training(e, k) for e in (EXACT, WEIGHTED) for k in (1, 5, 25)},
     "minibatch": {f"minibatch of {size}": Training(batch=size) for size in SIZES},
     "optimizer": {
@@ -151,19 +150,19 @@ def gradients(pair: tuple[Any, Any], loss: Any, batches: Sequence[Tensor]) -> di
     return {"encoder": torch.cat(of["guide"], 1), "decoder": torch.cat(of["model"], 1)}
 
 
-def noise_of(rows: Tensor, truth: Tensor) -> dict[str, float]:
+def noise_of(rows: Tensor, truth: Tensor) -> dict[str, Any]:
     """Of estimates (R, P): variance summed over P, signal to noise ratio, bias relative to a truth.
 
     Squared lengths of means have the variance of the mean in them, which is taken off.
     """
-    variance = rows.var(0).sum().item()
-
+    variance, length = rows.var(0).sum().item(), truth.norm().item()
     mean, off = (
         max(m.square().sum().item() - variance / len(rows), 0.0) ** 0.5
         for m in (rows.mean(0), rows.mean(0) - truth)
     )
-    ratio = mean / variance**0.5 if variance else math.inf
-    return {"variance": variance, "snr": ratio, "bias": off / truth.norm().item()}
+    bias = {"value": off / length, "standard_error": (variance / len(rows)) ** 0.5 / length}
+    snr = mean / variance**0.5 if variance else math.inf
+    return {"variance": variance, "snr": snr, "bias": bias}
 
 
 def measured(pair: Any, data: pv.Split, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -277,7 +276,7 @@ def main() -> None:
     noise = json.loads(results.path.read_text()).get("noise", {})
     stages = [e for e in (0, max(1, args.epochs // 20)) if str(e) not in noise] + [args.epochs]
     over = {row["name"] for row in results.rows if row["epochs"] in (args.epochs, DIVERGED)}
-    every = dict.fromkeys(t for panel in PANELS.values() for t in panel.values())
+    every = dict.fromkeys([Training(), *(t for of in PANELS.values() for t in of.values())])
     some = Training(), Training(SCORE), Training(batch=1000)
     jobs = [replace(t, seed=s) for s in args.seeds for t in (some if args.smoke else every)]
     jobs = [job for job in jobs if job.name not in over]
@@ -317,16 +316,15 @@ def draw(noise: dict[str, Any], seed: int, out: Path) -> None:
     """The noise against draws, stages and minibatches; the bound against the time of training."""
     figure = Figure(figsize=(18, 9), layout="constrained")
     axes = figure.subplots(2, 4)
-    stages = sorted(noise, key=int)
     for name in ESTIMATORS if noise else ():
-        here = [[m for m in noise[s] if m["estimator"] == name] for s in stages]
+        here = [[m for m in noise[s] if m["estimator"] == name] for s in noise]
         one, anew = ([m for m in here[-1] if m["anew"] is new] for new in (False, True))
         for place, key in zip(axes[0, :2], ("encoder_variance", "encoder_snr"), strict=True):
             place.plot([m["particles"] for m in one], [m[key] for m in one], "o-", label=name)
-        axes[0, 2].plot([int(s) for s in stages], [m[0]["encoder_snr"] for m in here], "o-")
+        axes[0, 2].plot([int(s) for s in noise], [m[0]["encoder_snr"] for m in here], "o-")
         axes[0, 3].plot([m["batch"] for m in anew], [m["encoder_variance"] for m in anew], "o-")
     said = ("variance of the encoder's gradient, nats²", "signal to noise ratio of the encoder")
-    across = ("draws K, at the end", "draws K, at the end", "epochs before, K = 1", "minibatch")
+    across = (*["draws K, at the end"] * 2, "epochs of training, K = 1", "size of minibatch")
     for place, below, left in zip(axes[0], across, (*said, *said[::-1]), strict=True):
         place.set(xlabel=below, ylabel=left, xscale="log", yscale="log")
     axes[0, 0].legend(fontsize="x-small")
@@ -342,6 +340,7 @@ def draw(noise: dict[str, Any], seed: int, out: Path) -> None:
         place.set(xlabel="seconds of training", xscale="log", title=f"by {what}")
         place.legend(fontsize="x-small")
     for place in axes[1]:
+        place.tick_params(which="minor", labelbottom=False)
         place.set(ylim=(best - 15, best + 1), ylabel="ELBO of validation data, nats")
     figure.savefig(out / "estimator_study.png", dpi=150)
 

@@ -132,7 +132,8 @@ def test_noise_is_told_from_signal():
     found = noise_of(rows, truth)
     assert found["variance"] == pytest.approx(8.0, rel=0.03)
     assert found["snr"] == pytest.approx(0.75 / 8**0.5, rel=0.1)
-    assert found["bias"] == pytest.approx(0.5, abs=0.1)
+    assert found["bias"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert found["bias"]["standard_error"] == pytest.approx((8 / 40_000) ** 0.5 / 0.5, rel=0.03)
     # What few estimates of nothing leave in the length of their mean is noise, and is taken off.
     nothing = [noise_of(torch.randn(10, 500), torch.ones(500))["snr"] for _ in range(20)]
     assert max(nothing) < 0.2 < (1 / 10) ** 0.5
