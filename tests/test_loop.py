@@ -10,7 +10,7 @@ import torch
 from helpers import leaves
 from loop_runs import BATCH, NUM_TRAIN, SCHEDULES, adam, data, loop_of, run_epochs, sgd, values
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.context import at_rest, seeded
@@ -187,6 +187,7 @@ def test_the_best_parameters_of_an_objective_of_weights_are_those_of_its_own_bou
     loss = pv.ImportanceWeighted(20)
     loop = loop_of(loss=loss, optimizer=sgd(1e-12))
     assert loop.valid is not None
+    assert isinstance(loop.svi.guide, nn.Module)
     found = []
     for _ in range(8):
         with torch.no_grad():

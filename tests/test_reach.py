@@ -89,6 +89,22 @@ def test_bounds_that_are_equal_or_wider_are_none_and_others_are_not_asked():
         assert pv.log_evidence(*programs, *args, num_particles=30).caveat == ""
 
 
+def test_points_and_priors_without_a_density_give_no_evidence():
+    point = guide_of(lambda x: dist.Delta(x / 2))
+    found = pv.log_evidence(model, point, X, num_particles=30)
+    assert not found.trusted.any()
+    assert "site 'z': the guide gives it a fixed value (Delta)" in found.advice
+
+    def flat(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = dist.ImproperUniform(dist.constraints.real, x.shape, ())
+            pyro.sample("x", dist.Normal(pyro.sample("z", prior), 1.0), obs=x)
+
+    normal = guide_of(lambda x: dist.Normal(x, 1.0))
+    found = pv.log_evidence(flat, normal, X, num_particles=30)
+    assert "the prior (ImproperUniform) has no density, so p(x) is none" in found.advice
+
+
 def test_the_prior_as_a_guide_reaches_everything():
     found = pv.log_evidence(model, pv.from_prior(model), X, num_particles=20_000)
     assert found.caveat == ""

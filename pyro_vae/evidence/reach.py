@@ -1,4 +1,4 @@
-"""Latents that a guide can't reach: what it leaves out is in none of its weights."""
+"""Pairs whose weights look like any others and mean something else: points, parts of a support."""
 
 import math
 from typing import Any
@@ -20,13 +20,14 @@ __all__ = ["out_of_reach"]
 def out_of_reach(
     model: Program, guide: Program, args: Arguments, data_plate: str | None = None
 ) -> str:
-    """Say which latents of a pair have a guide whose support is narrower than the prior's.
+    """Say which latents of a pair are such that the mean of the weights is not p(x).
 
-    The mean of the weights is then the part of p(x) that lies within the guide's support, and
-    nothing that the weights do can tell how much that is.
+    Where the guide's support is narrower than the prior's it is a part of p(x), and nothing that
+    the weights do can tell how much. Where the guide has no density, or the prior none that
+    integrates to one, it is no probability of x at all.
 
     Returns:
-        A sentence, or nothing where no bound of the guide's lies within the prior's.
+        A sentence for each such latent, or nothing.
     """
     with at_rest(model, guide):
         first = next(data_blocks(on_device(args, device_of(model, guide))))
@@ -37,6 +38,18 @@ def out_of_reach(
         if name not in in_model:
             continue
         prior, drawn = in_model[name]["fn"], site["fn"]
+        if kind_of(prior) == "ImproperUniform":
+            said.append(
+                f"site {name!r}: the prior ({kind_of(prior)}) has no density, so p(x) is none."
+            )
+            continue
+        if kind_of(drawn) == "Delta" and kind_of(prior) != "Delta":
+            said.append(
+                f"site {name!r}: the guide gives it a fixed value (Delta), so that a weight is "
+                "p(x, z) at one point and no estimate of p(x). Give it a distribution, or use "
+                "pv.from_prior(model)."
+            )
+            continue
         whole, part = _bounds(prior), _bounds(drawn)
         if whole is None or part is None:
             continue
