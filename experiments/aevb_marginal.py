@@ -255,7 +255,7 @@ def picture(results: pv.Results, path: Path) -> None:
             label = method if seed == mine[0]["seed"] else None
             for key, style in STYLES.items():
                 values = [row[key]["value"] for row in line]
-                axes.plot(samples, values, style, color=COLOURS[method], label=label)
+                axes.plot(samples, values, style, marker=".", color=COLOURS[method], label=label)
                 label = None
         axes.set(xscale="log", xlabel="training samples evaluated")
         axes.xaxis.set_minor_formatter(NullFormatter())
