@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import bernoulli_latents, library_pair
 from torch import Tensor
+from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_vae as pv
 
@@ -110,3 +111,56 @@ def test_the_prior_as_a_guide_reaches_everything():
     assert found.caveat == ""
     exact = dist.Normal(0 * X, math.sqrt(2)).log_prob(X)
     assert ((found.value - exact).abs() < 5 * found.standard_error).all()
+
+
+def prior_of(make: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", make(x))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return program
+
+
+def halves(x: Tensor) -> Any:
+    """Uniform from 0 to 1, said as a mixture of its two halves."""
+    low = torch.tensor([0.0, 0.5]).double().expand(len(x), 2)
+    return dist.MixtureSameFamily(dist.Categorical(0 * low + 1), dist.Uniform(low, low + 0.5))
+
+
+def shifted(x: Tensor) -> Any:
+    """Uniform from 2 to 5; torch says of its support that it is the reals."""
+    return dist.TransformedDistribution(dist.Uniform(0 * x, ONE), [AffineTransform(2.0, 3.0)])
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [
+        (lambda x: dist.VonMises(0 * x, ONE), lambda x: dist.Uniform(0 * x - math.pi, math.pi)),
+        (lambda x: dist.Uniform(0 * x, ONE), halves),
+        (shifted, lambda x: dist.Uniform(0 * x + 2, 5.0)),
+        (lambda x: dist.Uniform(0 * x, 1 + 1e-9 + 0 * x), lambda x: dist.Uniform(0 * x, ONE)),
+        (lambda x: dist.Gumbel(0 * x, ONE), lambda x: dist.Normal(0 * x, ONE)),
+    ],
+    ids=["angles", "mixture of parts", "shifted prior", "rounding", "Gumbel"],
+)
+def test_a_guide_that_reaches_everything_is_not_blamed(prior, guide):
+    found = pv.log_evidence(prior_of(prior), guide_of(guide), X, num_particles=30)
+    assert found.caveat == ""
+
+
+@pytest.mark.parametrize(
+    ("guide", "said"),
+    [
+        (shifted, "is over 2 to 5, a part of -inf to inf"),
+        (
+            lambda x: dist.TransformedDistribution(
+                dist.Normal(0 * x, ONE), [ExpTransform(), AffineTransform(0.0, -1.0)]
+            ),
+            "is over -inf to 0, a part of -inf to inf",
+        ),
+    ],
+    ids=["shifted interval", "mirrored half line"],
+)
+def test_bounds_are_followed_through_shifts_and_scales(guide, said):
+    assert said in pv.log_evidence(model, guide_of(guide), X, num_particles=30).caveat

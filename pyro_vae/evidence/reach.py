@@ -5,16 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, TransformedDistribution, constraints
 
 from pyro_vae.context import at_rest, device_of, on_device
 from pyro_vae.evidence.blocks import data_blocks
 from pyro_vae.evidence.particles import Arguments, Pair
+from pyro_vae.evidence.target import PERIODIC
 from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.matching import kind_of
 from pyro_vae.inference.structure import latent_sites
 
 __all__ = ["out_of_reach"]
+
+Bounds = tuple[Tensor, Tensor]
 
 
 def out_of_reach(
@@ -53,34 +56,81 @@ def out_of_reach(
         whole, part = _bounds(prior), _bounds(drawn)
         if whole is None or part is None:
             continue
-        if bool((part[0] > whole[0]).any()) or bool((part[1] < whole[1]).any()):
+        ends = torch.broadcast_tensors(*part, *whole)
+        low, high, lowest, highest = (end.reshape(-1) for end in ends)
+        # Bounds of two computations may differ by rounding.
+        narrower = ((low > lowest) & ~low.isclose(lowest)) | (
+            (high < highest) & ~high.isclose(highest)
+        )
+        if narrower.any():
+            at = int(narrower.nonzero()[0])
             said.append(
-                f"site {name!r}: the guide's {kind_of(drawn)} is over {drawn.support}, a part of "
-                f"{prior.support}, where the prior ({kind_of(prior)}) is. What of the posterior "
-                "lies outside is missing in p(x), and no weight tells how much. Use a guide on the "
-                "prior's support, or pv.from_prior(model)."
+                f"site {name!r}: the guide's {kind_of(drawn)} is over {low[at]:g} to {high[at]:g}, "
+                f"a part of {lowest[at]:g} to {highest[at]:g}, where the prior ({kind_of(prior)}) "
+                "is. What of the posterior lies outside is missing in p(x), and no weight tells "
+                "how much. Use a guide on the prior's support, or pv.from_prior(model)."
             )
     return " ".join(said)
 
 
-def _bounds(fn: Any) -> tuple[Tensor, Tensor] | None:
+def _bounds(fn: Any) -> Bounds | None:
     """The lower and the upper bound of a distribution on the reals; None if it has no such."""
-    if kind_of(fn) == "Delta":
-        return None
+    each = fn
+    while True:  # angles are as angles are, whatever is around them
+        inner = getattr(each, "component_distribution", getattr(each, "base_dist", None))
+        if type(each).__name__ in PERIODIC or kind_of(each) == "Delta":
+            return None
+        if inner is None:
+            break
+        each = inner
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, TransformedDistribution) and _is_of_transforms(fn):
+        bounds = _bounds(fn.base_dist)
+        for transform in fn.transforms:
+            bounds = None if bounds is None else _moved(bounds, transform)
+        return bounds
     try:
-        support = fn.support
+        return _limits(fn.support)
     except NotImplementedError:
         return None
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if support.is_discrete or (support.event_dim and support is not constraints.real_vector):
+
+
+def _is_of_transforms(fn: TransformedDistribution) -> bool:
+    """Whether its support is what torch says of any: the last transform's codomain."""
+    return type(fn).support is TransformedDistribution.support
+
+
+def _moved(bounds: Bounds, transform: Any) -> Bounds | None:
+    """The bounds of what a transform makes of values; None if that is not known."""
+    if isinstance(transform, AffineTransform):  # its codomain is the reals, whatever it moves
+        loc, scale = (torch.as_tensor(t).double().cpu() for t in (transform.loc, transform.scale))
+        one, other = (loc + scale * end for end in bounds)
+        return torch.minimum(one, other), torch.maximum(one, other)
+    domain = _limits(transform.domain)
+    if domain is None or not all(map(torch.equal, domain, bounds)):
         return None
-    if support in (constraints.real, constraints.real_vector):
-        return torch.tensor(-math.inf), torch.tensor(math.inf)
-    if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
+    return _limits(transform.codomain)
+
+
+def _limits(support: Any) -> Bounds | None:
+    """The ends of a support of single numbers; None for others."""
+    mixed = False
+    while hasattr(support, "base_constraint"):
+        mixed |= isinstance(support, constraints.MixtureSameFamilyConstraint)
+        support = support.base_constraint
+    if support.is_discrete or support.event_dim:
+        return None
+    if support is not constraints.real and not (
+        hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
+    ):
         return None
     low, high = (
-        torch.as_tensor(getattr(support, name, end)).cpu()
+        torch.as_tensor(getattr(support, name, end)).double().cpu()
         for name, end in (("lower_bound", -math.inf), ("upper_bound", math.inf))
     )
+    if mixed:  # a component's bounds are not the mixture's, unless all have the same
+        if not all((end == end.reshape(-1)[0]).all() for end in (low, high)):
+            return None
+        low, high = (end.reshape(-1)[0] for end in (low, high))
     return low, high

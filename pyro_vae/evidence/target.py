@@ -25,10 +25,19 @@ from pyro_vae.graph.lower import lower
 from pyro_vae.inference.handlers import Site, Trace, latent_sites
 from pyro_vae.inference.matching import kind_of
 
-__all__ = ["Space", "State", "Target", "bounds_of", "compiled_target", "mix", "supports_of"]
+__all__ = [
+    "PERIODIC",
+    "Space",
+    "State",
+    "Target",
+    "bounds_of",
+    "compiled_target",
+    "mix",
+    "supports_of",
+]
 
 # Real to torch, but their densities repeat.
-_PERIODIC = {"VonMises", "SineBivariateVonMises", "SineSkewed"}
+PERIODIC = {"VonMises", "SineBivariateVonMises", "SineSkewed"}
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def supports_of(pair: Pair) -> dict[str, Any]:
                 "gradients. Mark it for enumeration in the model and leave it out of the guide, so "
                 "that it is summed out; or use log_evidence, which holds for any latents."
             )
-        periodic = next((kind_of(d) for d in (prior, guide) if kind_of(d) in _PERIODIC), None)
+        periodic = next((kind_of(d) for d in (prior, guide) if kind_of(d) in PERIODIC), None)
         if periodic is not None:
             raise ValueError(
                 f"site {name!r}: {periodic} is a density of angles, and chains would leave its one "
