@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vae.context import at_rest, device_of, on_device
-from pyro_vae.evidence.blocks import DATA_BLOCK, check_options, data_blocks
+from pyro_vae.evidence.blocks import check_options, data_blocks
 from pyro_vae.evidence.chains import ChainEstimate, Tally
 from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.evidence.kept import Kept, KeptBlocks
@@ -96,7 +96,7 @@ def ais(
     targets = Targets(plan, compile, rows=num_chains * data_size(moved))
     store = KeptBlocks(kept, "chains", args, (num_chains, plan))
     store.forget_others(model, guide, moved, data_plate)
-    finished = store.finished(-(-data_size(moved) // DATA_BLOCK))
+    finished = store.finished()
     if kept is not None and progress is not None:
         device = device_of(model, guide)
         pilot = chain_blocks(num_chains, device)[0]

@@ -169,7 +169,7 @@ def log_evidence(
     store = KeptBlocks(kept, "weights", args, (num_particles, seed, str(autocast), smooth))
     store.forget_others(model, guide, on_device(args, device_of(model, guide)), data_plate)
     starts = range(0, size, DATA_BLOCK)
-    finished = store.finished(len(starts))
+    finished = store.finished()
     if kept is not None and progress is not None:
         progress(sum(block.shape[1] for block in finished.values()) * num_particles)
     sums: Sums | None = None
