@@ -4,6 +4,8 @@ import json
 from functools import partial
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import LinearGaussian, bernoulli_latents, library_pair, masked_pair
@@ -195,6 +197,111 @@ def test_what_another_pair_has_left_is_not_taken_for_this_ones():
     before = len(kept)
     pv.evaluate(pair.model, guide, x + 1, **options, kept=kept)
     assert len(kept) > before  # other data have blocks of their own
+
+
+def test_a_larger_budget_adds_to_a_smaller_one():
+    pair, guide, x = hard_pair(250)
+    options: dict[str, Any] = {"num_particles": 50, **TINY}
+    kept: dict[str, Tensor] = {}
+    fewer = pv.evaluate(pair.model, guide, x, budget=3.0, **options, kept=kept)
+    assert 100 < len(fewer.rows) < 200
+    told = []
+    more = pv.evaluate(
+        pair.model, guide, x, budget=1e6, **options, kept=kept, progress=lambda *s: told.append(s)
+    )
+    first = next(said for said in told if said[0] == "annealing")
+    assert first[1] == 100 * 4 * (5 + 4 * 5)  # the block that is whole in both
+    assert more.value.equal(pv.evaluate(pair.model, guide, x, budget=1e6, **options).value)
+
+
+def test_blocks_without_the_probe_of_their_pair_are_nobodys():
+    pair, guide, x = hard_pair(30)
+    other = LinearGaussian(pair.weight * 1.01, pair.bias, pair.scale)
+    kept: dict[str, Tensor] = {}
+    pv.log_evidence(other.model, guide, x, num_particles=50, kept=kept)
+    for key in [key for key in kept if key.endswith("probe")]:
+        del kept[key]
+    found = pv.log_evidence(pair.model, guide, x, num_particles=50, kept=kept)
+    assert found.value.equal(pv.log_evidence(pair.model, guide, x, num_particles=50).value)
+
+
+def test_a_small_change_of_large_densities_is_another_pair():
+    """Half a nat in each datum's log p(x) of some -1e4 is what two models are compared by."""
+
+    def model_with(constant: float) -> Any:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0 * x, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                pyro.factor("constant", 0 * x + constant)
+
+        return model
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    kept: dict[str, Tensor] = {}
+    x = torch.zeros(5).double()
+    before, after = (
+        pv.log_evidence(model_with(constant), guide, x, num_particles=10, kept=kept)
+        for constant in (-1e4, -1e4 + 0.5)
+    )
+    assert (after.mean - before.mean) == pytest.approx(0.5)
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_weighed():
+    model, guide, (x,) = library_pair()
+    told = []
+    for chains in (0, -1):
+        with pytest.raises(ValueError, match=r"num_chains: expected at least 1, got"):
+            pv.evaluate(
+                model, guide, x, num_chains=chains, progress=lambda *said: told.append(said)
+            )
+    assert told == []
+
+
+def test_advice_names_data_by_their_place_among_all():
+    pair, guide, x = hard_pair(150)
+    found = pv.evaluate(pair.model, guide, x, num_particles=50, budget=2.0, **TINY)
+    assert found.annealed is not None
+    bad = found.rows[~found.annealed.trusted].tolist()
+    named = found.advice.partition("(namely ")[2].partition(")")[0]
+    assert 0 < len(bad) <= 5
+    assert sorted(int(row) for row in named.split(", ")) == sorted(bad)
+
+
+def test_a_guide_out_of_reach_is_said_though_nothing_was_to_be_annealed():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0 * x, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.HalfNormal(1 + 0 * x))
+
+    found = pv.evaluate(model, guide, torch.zeros(5), num_particles=50, budget=0.0)
+    assert "What of the posterior lies outside is missing" in found.advice
+    assert "budget" not in found.advice
+
+
+def test_the_budget_that_is_named_anneals_all():
+    weighted = pv.Estimate(*torch.ones(4, 100).double(), num_particles=1000)
+    none = torch.tensor([], dtype=torch.long)
+    for budget, said in ((6.41, "6.5"), (0.0613, "0.062"), (1234.0, "1300"), (0.5, "0.5")):
+        found = pv.Evaluation.of(weighted, none, None, budget_for_all=budget)
+        assert f"budget={said} anneals all" in found.advice
+
+
+def test_intervals_have_the_freedom_of_what_a_value_comes_from():
+    pair, guide, x = hard_pair(30)
+    found = pv.evaluate(pair.model, guide, x, num_particles=1000, budget=1e6, **TINY)
+    assert found.annealed is not None
+    lower, upper = found.interval()
+    wide, _ = found.annealed.interval()
+    torch.testing.assert_close(lower[found.rows], wide)
+    assert ((upper - lower) / found.standard_error)[found.rows].min() > 2 * 3.18  # t, 3 degrees
 
 
 def test_a_negative_budget_is_refused():

@@ -110,8 +110,8 @@ class Estimate:
             raise ValueError(f"interval: expected a level between 0 and 1, got {level}.")
         from scipy.special import stdtrit  # late: importing it adds filters of warnings
 
-        freedom = max(self._num_weights - 1, 1)  # one weight has no error to begin with
-        half = self.standard_error * float(stdtrit(freedom, (1 + level) / 2))
+        freedom = self._freedom.clamp_min(1).numpy()  # one weight has no error to begin with
+        half = self.standard_error * torch.as_tensor(stdtrit(freedom, (1 + level) / 2))
         return self.value - half, self.value + half
 
     @property
@@ -145,6 +145,10 @@ class Estimate:
     @property
     def advice(self) -> str:
         """Which data are not to be trusted, and what to do about them, in words."""
+        return self._advice(torch.arange(len(self.value)))
+
+    def _advice(self, names: Tensor) -> str:
+        """The same, with numbers ``(N,)`` of the data that stand for their places."""
         size, bad = len(self.value), ~self.trusted
         if self.caveat:
             return f"None of {size} data is to be trusted: {self.caveat}"
@@ -158,7 +162,7 @@ class Estimate:
         # By k, and by the effective sample size where that is equal.
         by_ess = self.ess[rows].nan_to_num(0.0).argsort(stable=True)
         rows = rows[by_ess][k[rows[by_ess]].argsort(descending=True, stable=True)]
-        worst = ", ".join(str(i) for i in rows[:NAMED].tolist())
+        worst = ", ".join(str(i) for i in names[rows[:NAMED]].tolist())
         which = f"the worst are {worst}" if len(rows) > NAMED else f"namely {worst}"
         said = f"{len(rows)} of {size} data are not to be trusted ({which})."
         if size == 1:
@@ -183,6 +187,11 @@ class Estimate:
     def _num_weights(self) -> int:
         """Number of weights that an estimate averages."""
         return self.num_particles
+
+    @property
+    def _freedom(self) -> Tensor:
+        """The degrees of freedom of each standard error, ``(N,)``."""
+        return torch.full_like(self.value, self._num_weights - 1)
 
     @property
     def _has_tail(self) -> bool:

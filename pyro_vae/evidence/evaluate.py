@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_vae.context import device_of
 from pyro_vae.evidence.annealed import ais
+from pyro_vae.evidence.blocks import check_options
 from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.evidence.kept import Kept
@@ -76,7 +77,8 @@ def evaluate(
             of how much of it is done: of particle-data, and of moves of chain-data. With ``kept``
             the first call of each tells what was there before.
         kept: A mapping in which finished blocks of data are kept, so that an evaluation that was
-            killed goes on, and a larger budget adds to a smaller one; see ``log_evidence``.
+            killed goes on, and a larger budget adds to a smaller one, all but a last block of less
+            than 100 data; see ``log_evidence``.
 
     Returns:
         The evaluation, an ``Estimate``: ``mean`` with its errors in nats per datum, ``value``
@@ -96,6 +98,7 @@ def evaluate(
     """
     if not budget >= 0:
         raise ValueError(f"budget: expected a number that is not negative, got {budget}.")
+    check_options(num_chains, None, compile=compile, name="num_chains")
     plan = check_plan(temperatures, leapfrog_steps, 0.5, seed)
     size = data_size(args)
     weighted = log_evidence(

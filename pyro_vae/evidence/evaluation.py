@@ -167,10 +167,19 @@ class Evaluation(Estimate):
         return trusted
 
     @property
+    def _freedom(self) -> Tensor:
+        freedom = torch.full_like(self.value, self.num_particles - 1)
+        if self.annealed is not None:
+            freedom[~self.weighted.trusted] = len(self.rows) - 1
+            freedom[self.rows] = self.annealed.num_particles - 1
+        return freedom
+
+    @property
     def advice(self) -> str:
         """What was done about the data that weighting can't be trusted for, in words."""
         wanted, size = self.num_untrusted, len(self.value)
-        if wanted == 0:
+        nothing_to_do = self.weighted.caveat and self.annealed is None and not self.refused
+        if wanted == 0 or nothing_to_do:
             return self.weighted.advice
         said = f"{wanted} of {size} data can't be trusted to weighting"
         low = "their part of the mean is too low by an unknown amount"
@@ -179,15 +188,15 @@ class Evaluation(Estimate):
         if self.annealed is None:
             return (
                 f"{said}, and the budget is too small to anneal any: {low}. "
-                f"budget={self.budget_for_all:.2g} anneals all."
+                f"budget={_rounded_up(self.budget_for_all)} anneals all."
             )
         did = f"{said}; {len(self.rows)} of them were annealed"
         if len(self.rows) < wanted:
             did += (
                 " and stand for the others in the mean "
-                f"(budget={self.budget_for_all:.2g} anneals all)"
+                f"(budget={_rounded_up(self.budget_for_all)} anneals all)"
             )
-        return f"{did}. Annealed: {_lower(self.annealed.advice)}"
+        return f"{did}. Annealed: {_lower(self.annealed._advice(self.rows))}"
 
     def to_dict(self) -> dict[str, Any]:
         """Its figures, for a JSON file; every nat per datum."""
@@ -282,3 +291,11 @@ class Evaluation(Estimate):
 
 def _lower(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
+
+
+def _rounded_up(number: float) -> str:
+    """A number that is not negative to two digits, and no less than it is."""
+    if number == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.ceil(number / unit - 1e-6) * unit:g}"
