@@ -1,5 +1,7 @@
 """A folder of arrays as a mapping: what a long computation has finished, each in a file."""
 
+import hashlib
+import io
 import warnings
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -12,12 +14,15 @@ from pyro_vae.runs.directory import atomically
 
 __all__ = ["ArrayFolder"]
 
+# Of the checksum behind the array; numpy's format has none, and reads no further than the array.
+_DIGEST = 32
+
 
 class ArrayFolder(MutableMapping[str, Tensor]):
     """Tensors by name, each in an ``.npy`` file that is whole or not there.
 
-    A file that can't be read counts as none: what was in it is computed again. One that can't be
-    written is warned of: computing goes on.
+    A file that is damaged or can't be read counts as none: what was in it is computed again. One
+    that can't be written is warned of, once: computing goes on.
 
     Args:
         path: The folder; it is made with the first file.
@@ -26,23 +31,31 @@ class ArrayFolder(MutableMapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._used: set[str] = set()
+        self._warned = False
 
     def __getitem__(self, key: str) -> Tensor:
         try:
-            tensor = torch.from_numpy(np.load(self._file(key), allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            whole = self._file(key).read_bytes()
+        except OSError as error:
             raise KeyError(key) from error
+        array, digest = whole[:-_DIGEST], whole[-_DIGEST:]
+        if hashlib.sha256(array).digest() != digest:
+            raise KeyError(key)
         self._used.add(key)
-        return tensor
+        return torch.from_numpy(np.load(io.BytesIO(array), allow_pickle=False))
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         self._used.add(key)
+        array = io.BytesIO()
+        np.save(array, value.cpu().numpy())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with atomically(self._file(key)) as file:
-                np.save(file, value.cpu().numpy())
+                file.write(array.getvalue() + hashlib.sha256(array.getvalue()).digest())
         except OSError as error:
-            warnings.warn(f"{error} The evaluation goes on.", UserWarning, stacklevel=3)
+            if not self._warned:
+                warnings.warn(f"{error} The evaluation goes on.", UserWarning, stacklevel=3)
+            self._warned = True
 
     def __delitem__(self, key: str) -> None:
         try:
