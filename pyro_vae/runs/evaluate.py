@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,11 +78,14 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: The directory holds no run, or the data's files are gone.
+        OSError: The directory can't be written to. Where that shows at the end, as on a full disk,
+            the error has what was found as a note.
         ValueError: The data have changed or don't fit the pair; or what ``load`` and ``evaluate``
             say.
     """
     folder = Run.open(run)
     config = folder.config
+    _check_writable(folder)
     if data is None:
         data = restore(config["data"])
     _check_prepared_alike(data, config["data"])
@@ -142,11 +146,27 @@ def evaluate_run(
         "annealed_rows": found.rows,
         "gain": found.gain,
     }
-    folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
-    folder.write_json("evidence.json", summary)
-    draw_evidence(folder, found, summary)
-    write_report(folder.path)
+    try:
+        folder.write_arrays("evidence.npz", **{k: v.numpy() for k, v in arrays.items()})
+        folder.write_json("evidence.json", summary)
+        draw_evidence(folder, found, summary)
+        write_report(folder.path)
+    except OSError as error:
+        error.add_note(f"What was found, in nats per datum:\n{found}")
+        raise
     return found
+
+
+def _check_writable(run: Run) -> None:
+    """Say before hours of work that nothing of it can be kept."""
+    try:
+        with tempfile.TemporaryFile(dir=run.path):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"run: can't write to {run.path} ({error.strerror}), where the evaluation is kept; "
+            "copy the run to a disk that is writable."
+        ) from error
 
 
 class _Told:
