@@ -1,6 +1,7 @@
 """Runs held against each other: the figures, the picture, and what can't be compared."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from helpers import bernoulli_pair, bits
 
 import pyro_vae as pv
 from pyro_vae import cli
+from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.runs import plots
+from pyro_vae.runs.swaps import _judged
 
 X = bits(40)
 EVALUATE = partial(pv.evaluate_run, num_particles=10, progress=False)
@@ -142,3 +145,20 @@ def test_names_that_are_one_folder_are_refused(tmp_path):
 def test_the_picture_wants_two_models():
     with pytest.raises(ValueError, match="at least two models"):
         plots.differences([])
+
+
+def test_only_what_was_judged_alike_is_not_judged_again(tmp_path):
+    data = pv.load_data({"train": X.numpy(), "valid": X[:10].numpy(), "test": X[:20].numpy()})
+    whole = fingerprint((data.test,))
+    said = {"num_particles": 5, "budget": 1.0, "seed": 0, "part": "test", "epochs": 3}
+
+    def judged(asked: float = 1.0, **written: Any) -> int | None:
+        text = json.dumps({**said, "fingerprint": whole, **written})
+        (tmp_path / "evidence.json").write_text(text)
+        return _judged(tmp_path, data, 5, asked, 0)
+
+    assert judged() == 3
+    assert judged(fingerprint=fingerprint((data.test[::2],))) is None  # by limit=10
+    assert judged(num_particles=4) is judged(seed=1) is judged(part="valid") is None
+    assert judged(0.5) is judged(math.inf) is None
+    assert judged(math.inf, budget=None) == 3  # null is what infinities become

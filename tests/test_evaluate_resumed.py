@@ -1,6 +1,8 @@
 """The evaluation of a run: annealed where it has to be, resumed where it was killed, and drawn."""
 
 import json
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,8 +110,72 @@ def test_a_full_disk_does_not_stop_an_evaluation(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(UserWarning, match=r"The evaluation goes on"):
         folder["a"] = torch.zeros(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, not for each block
+        folder["b"] = torch.zeros(3)
     assert "a" not in folder
     assert dict(folder) == {}
+
+
+def test_a_block_with_a_single_damaged_byte_is_none(tmp_path):
+    ArrayFolder(tmp_path)["a"] = torch.arange(6.0).reshape(2, 3)
+    file = tmp_path / "a.npy"
+    whole = file.read_bytes()
+    for spoiled in (
+        *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))),
+        *(whole[:length] for length in range(0, len(whole), 7)),
+    ):
+        file.write_bytes(spoiled)
+        assert ArrayFolder(tmp_path).get("a") is None
+    file.write_bytes(whole)
+    assert torch.equal(ArrayFolder(tmp_path)["a"], torch.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(np.load(file), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_a_block_that_another_process_has_deleted_is_no_error(tmp_path):
+    class Raced(ArrayFolder):
+        def __iter__(self) -> Iterator[str]:
+            names = list(super().__iter__())
+            for name in names:
+                (tmp_path / f"{name}.npy").unlink()
+            return iter(names)
+
+    pair, guide, x = hard_pair(5)
+    pv.log_evidence(pair.model, guide, x, num_particles=10, kept=ArrayFolder(tmp_path))
+    changed = partial(pair.guide, inflation=2.0)
+    found = pv.log_evidence(pair.model, changed, x, num_particles=10, kept=Raced(tmp_path))
+    assert found.value.equal(pv.log_evidence(pair.model, changed, x, num_particles=10).value)
+
+
+def test_a_directory_that_can_not_be_written_to_is_refused_before_the_work(hard, monkeypatch):
+    def refused(**options: Any) -> None:
+        raise OSError(30, "Read-only file system", str(options["dir"]))
+
+    monkeypatch.setattr("pyro_vae.runs.evaluate.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("pyro_vae.runs.evaluate.evaluate", None)
+    with pytest.raises(OSError, match=r"run: can't write to .*run \(Read-only file system\)"):
+        EVALUATE(**hard)
+
+
+def test_what_was_found_is_said_where_it_can_not_be_written(hard, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyro_vae.runs.directory.Run.write_arrays", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        pv.evaluate_run(**hard, num_particles=10, budget=0.0, progress=False)
+    (note,) = caught.value.__notes__
+    assert "10 particles each" in note
+
+
+def test_figures_and_values_of_two_evaluations_are_not_compared(hard):
+    options: dict[str, Any] = {"num_particles": 10, "budget": 0.0, "progress": False}
+    pv.evaluate_run(**hard, **options)
+    before = (hard["run"] / "evidence.json").read_bytes()
+    pv.evaluate_run(**hard, **options, seed=1)
+    (hard["run"] / "evidence.json").write_bytes(before)  # as if killed between the two files
+    with pytest.raises(ValueError, match=r"are of two evaluations, .* pyro-vae evaluate"):
+        pv.compare_runs({"a": hard["run"], "b": hard["run"]})
 
 
 def test_the_command_line_says_what_could_not_be_annealed(tmp_path, capsys):

@@ -99,6 +99,13 @@ def _judged(run: Run) -> tuple[Estimate, dict[str, Any]]:
             f"pyro-vae evaluate {run.path} first."
         )
     summary = run.read_json("evidence.json")
+    mean = summary.get("log_evidence")
+    if mean is not None and not math.isclose(mean, arrays["value"].mean(), rel_tol=1e-6):
+        raise ValueError(
+            f"{run.path}: evidence.json and evidence.npz are of two evaluations, one of which was "
+            f"stopped between them; call evaluate_run({str(run.path)!r}) or pyro-vae evaluate "
+            f"{run.path} again."
+        )
     names = ("value", "standard_error", "ess", "elbo", "pareto_k")
     columns = {key: torch.as_tensor(arrays[key]) for key in names if key in arrays}
     # What was judged before there were kinds names none.
@@ -123,7 +130,8 @@ class _Judged(Estimate):
 
     @property
     def shared_error(self) -> float:
-        return self.summary.get("shared_error", 0.0)
+        error = self.summary.get("shared_error", 0.0)
+        return math.nan if error is None else error
 
     @property
     def bias(self) -> float:

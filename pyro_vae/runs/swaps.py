@@ -1,5 +1,6 @@
 """Train several pairs on the same data, judge them, and hold them against the first."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from pyro_vae.data import Split
+from pyro_vae.evidence.compare import fingerprint
 from pyro_vae.runs.compare import RunComparison, compare_runs
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.evaluate import evaluate_run
@@ -83,7 +85,7 @@ def compare_swaps(
         )
     for name, make in swaps.items():
         run = folders[name]
-        before = _judged(run, num_particles, budget, seed)
+        before = _judged(run, data, num_particles, budget, seed)
         torch.manual_seed(seed)
         model, guide = make()
         own = {"loss": losses[name]} if losses is not None and name in losses else {}
@@ -120,12 +122,15 @@ def _folder(name: str) -> str:
     return "-".join(part for part in kept.split("-") if part) or "swap"
 
 
-def _judged(folder: Path, num_particles: int, budget: float, seed: int) -> int | None:
+def _judged(folder: Path, data: Split, num_particles: int, budget: float, seed: int) -> int | None:
     """After how many epochs a run was judged in this way; None if it was not."""
     if not (folder / "evidence.json").is_file():
         return None
     summary = Run(folder).read_json("evidence.json")
-    there = (summary["num_particles"], summary.get("budget", 0.0), summary["seed"], summary["part"])
-    if there != (num_particles, budget, seed, "test"):
+    spent = summary.get("budget", 0.0)
+    there = (summary["num_particles"], math.inf if spent is None else spent, summary["seed"])
+    if there != (num_particles, budget, seed) or summary["part"] != "test":
+        return None
+    if summary.get("fingerprint") != fingerprint((data.test,)):  # some of them, or others
         return None
     return summary.get("epochs")  # not what metrics say: a call may have died between the two
