@@ -19,6 +19,7 @@ import pyro_vae as pv
 from pyro_vae import cli
 from pyro_vae.runs.arrays import ArrayFolder
 from pyro_vae.runs.report import write_report
+from pyro_vae.runs.trust import trust
 
 EVALUATE = partial(pv.evaluate_run, num_particles=50, budget=1e6, progress=False, **TINY)
 
@@ -197,3 +198,25 @@ def test_progress_says_what_is_done_and_how_long_it_takes(hard, monkeypatch, cap
     assert "weighing 120 data: 6000/6000 weights, about" in told
     assert "annealing: " in told
     assert "left" in told
+
+
+@pytest.mark.parametrize("particles", [1000, 3])
+def test_the_picture_of_trust_has_the_axis_of_all_that_can_be(particles):
+    """An exact guide gives all data one effective sample size, and no axis of its own."""
+    pair, _, x = hard_pair(5)
+    found = pv.evaluate(pair.model, pair.guide, x, num_particles=particles, budget=0.0)
+    (axes,) = trust(found).axes
+    low, high = axes.get_xlim()
+    assert low < 1 < particles < high
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == (["1", "10", "100", "1,000"] if particles == 1000 else ["1", "2", "3"])
+    assert not axes.get_xticklabels(minor=True)
+
+
+def test_both_panels_of_trust_have_one_axis(hard):
+    judged = pv.evaluate(
+        hard["model"], hard["guide"], hard["data"], num_particles=50, budget=5.0, **TINY
+    )
+    left, right = trust(judged).axes
+    assert left.get_xlim() == right.get_xlim()
+    assert "the highest to trust, 0.41" in [t.get_text() for t in left.get_legend().get_texts()]

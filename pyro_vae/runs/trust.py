@@ -1,8 +1,9 @@
 """The picture of an evaluation: what weighting can't be trusted for, and what annealing adds."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pyro_vae.evidence.evaluation import Evaluation
 from pyro_vae.runs.canvas import BLUE, INK, ORANGE, new_figure, panel, styled
@@ -41,7 +42,7 @@ def trust(found: Evaluation) -> Figure:
     grid = figure.add_gridspec(1, 1 if annealed is None else 2)
     ess = f"effective sample size, of {weighted.num_particles:,}"
     left = panel(figure, grid[0], xlabel=ess, ylabel="Pareto k")
-    left.set_xscale("log")
+    _sizes(left, weighted.num_particles)
     trusted = weighted.trusted.numpy()
     k = np.full(size, np.nan) if weighted.pareto_k is None else weighted.pareto_k.numpy()
     if np.isfinite(k).any():
@@ -56,14 +57,16 @@ def trust(found: Evaluation) -> Figure:
                     alpha=0.6,
                     label=name,
                 )
-        left.axhline(weighted.threshold, color=INK, linewidth=1, linestyle="--")
-        left.legend(loc="upper right")
+        highest = f"the highest to trust, {weighted.threshold:.2f}"
+        left.axhline(weighted.threshold, color=INK, linewidth=1, linestyle="--", label=highest)
+        left.legend(loc="lower left")  # a low k at a low effective sample size is rare
     else:
         said = "too few particles for a Pareto k"
+        left.set_yticks([])
         left.text(0.5, 0.5, said, transform=left.transAxes, ha="center", color=INK)
     if annealed is not None:
         right = panel(figure, grid[1], xlabel=ess, ylabel="gain of annealing (nats)")
-        right.set_xscale("log")
+        _sizes(right, weighted.num_particles)
         error = np.hypot(
             annealed.standard_error.numpy(), weighted.standard_error.numpy()[found.rows.numpy()]
         )
@@ -80,3 +83,13 @@ def trust(found: Evaluation) -> Figure:
         right.axhline(0.0, color=INK, linewidth=1)
         right.yaxis.set_major_locator(MaxNLocator(nbins=6))
     return figure
+
+
+def _sizes(axes: Axes, largest: int) -> None:
+    """Give an axis of effective sample sizes all that there can be, from 1 to K."""
+    axes.set_xscale("log")
+    axes.set_xlim(0.9, 1.1 * max(largest, 2))
+    powers = [10**i for i in range(len(str(largest)))]
+    ticks = powers if len(powers) > 1 else range(1, largest + 1)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
