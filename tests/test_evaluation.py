@@ -51,6 +51,20 @@ def test_a_sample_corrects_the_mean_within_its_error():
     )
 
 
+def test_the_error_of_what_is_missing_counts_noise_once():
+    """The error of the mean is that of U / N of what is missing, and of the trusted data."""
+    weighted = pv.Estimate(*torch.zeros(4, 50).double(), num_particles=10)  # an ess of zero
+    rows = torch.arange(10)
+    columns = torch.stack([torch.linspace(1, 3, 10), torch.full((10,), 0.4), *torch.ones(2, 10)])
+    facts: dict[str, Any] = {"acceptance": columns[2], "divergent": 0 * columns[2]}
+    annealed = pv.ChainEstimate(
+        *columns.double(), num_particles=16, num_moves=9, gradients=1, **facts
+    )
+    found = pv.Evaluation.of(weighted, rows, annealed, budget_for_all=1.0)
+    assert found.num_untrusted == 50
+    assert found.to_dict()["missing_error"] == pytest.approx(found.mean_standard_error)
+
+
 @pytest.mark.slow
 def test_its_error_is_the_scatter_over_samples():
     """Twenty evaluations, each with its own sample of the same data."""

@@ -284,7 +284,8 @@ class Evaluation(Estimate):
         m, wanted = len(self.rows), self.num_untrusted
         if self.annealed is None or m < min(2, wanted):
             return math.nan
-        noise = self.annealed.standard_error.square().mean().item() / m
+        # The gains of a sample scatter by the noise too, so it is counted here for all U alone.
+        noise = self.annealed.standard_error.square().mean().item() / wanted
         unseen = (1 - m / wanted) * self.gain.var().item() / m if m < wanted else 0.0
         return math.sqrt(noise + unseen)
 
