@@ -51,8 +51,9 @@ def evaluate_run(
 
     Writes ``evidence.json`` (the summary), ``evidence.npz`` (per datum), ``evidence.png`` and
     ``trust.png``, and the report anew. Finished blocks of data are kept in the folder
-    ``evaluation``: a call that was killed goes on by being made again, and one with a larger budget
-    adds to it.
+    ``evaluation``: a call that was killed goes on by being made again, on the same kind of device,
+    and one with a larger budget adds to it. A call that ends deletes the blocks of other options,
+    parts and limits.
 
     Args:
         run: The run directory.
@@ -124,7 +125,8 @@ def evaluate_run(
         seconds = time.perf_counter() - started
         if told.restored and "seconds" in blocks:
             seconds += blocks["seconds"].item()
-        blocks["seconds"] = torch.tensor(seconds)
+        if told.begun:  # a mistake leaves the folder as it was
+            blocks["seconds"] = torch.tensor(seconds)
     blocks.drop_unused()
     jacobian = data.log_jacobian if isinstance(data, Split) else 0.0
     found = found.plus(jacobian)
@@ -190,6 +192,11 @@ class _Told:
                 done=done,
             )
         self._bar.advance(done - self._bar.done)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was told."""
+        return bool(self._what)
 
     def close(self) -> None:
         self._bar.close()
