@@ -11,6 +11,7 @@ two gaps of the bound. Each line has its budget, its time and its error.
 import argparse
 import json
 import math
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -150,6 +151,7 @@ def judge(run: Path, data: pv.Split, results: pv.Results, args: argparse.Namespa
             seed=args.seed,
         )
         seconds = json.loads((run / "evidence.json").read_text())["seconds"]
+        shutil.copy(run / "trust.png", args.out / "annealing.png")
         put(
             "evaluation",
             found.mean,

@@ -166,23 +166,6 @@ def comparison(figures: dict[str, Any]) -> Section:
     return markdown(head, lines), facts
 
 
-def estimators(figures: dict[str, Any]) -> Section:
-    """What several estimators say of one pair."""
-    known = {"what", "budget", "seconds", "value", "error"}
-    lines = []
-    for line in figures["lines"]:
-        more = ", ".join(
-            f"{k.replace('_', ' ')} {v:.3g}" for k, v in line.items() if k not in known
-        )
-        seconds = f"{line['seconds']:,.0f}" if line["seconds"] else ""
-        lines.append(
-            f"| {line['what'].strip()} | **{line['value']:.3f}** | {line['error']:.3f} | "
-            f"{line['budget']} | {seconds} | {more} |"
-        )
-    head = "| | nats per datum | +- estimator | budget | seconds | besides |"
-    return [head, "|---" * 6 + "|", *lines], protocol(figures) | where(figures, versions=False)
-
-
 def foreign(figures: dict[str, Any]) -> Section:
     """How well scores tell foreign images from a model's own."""
     own, *others = figures["sets"]
@@ -236,7 +219,7 @@ def where(figures: dict[str, Any], *, versions: bool = True) -> dict[str, str]:
 
 def kind(figures: dict[str, Any]) -> Callable[[dict[str, Any]], Section]:
     """What a file's figures are, by what only its kind has."""
-    kinds = {"baseline": comparison, "rows": free, "lines": estimators, "sets": foreign}
+    kinds = {"baseline": comparison, "rows": free, "sets": foreign}
     return next((write for mark, write in kinds.items() if mark in figures), single)
 
 

@@ -105,6 +105,7 @@ def test_a_pair_that_can_not_be_annealed_says_so():
     assert found.num_untrusted
     assert found.annealed is None
     assert found.mean == found.weighted.mean
+    assert found.kind == "importance weighting"
     assert "annealing can't be had" in found.advice
     assert "'z' is discrete" in str(found)
 

@@ -36,7 +36,8 @@ __all__ = ["evaluate"]
 
 # A gradient is a pass through the decoder and one back, which costs two.
 PASSES = 3
-# One word for all that is evaluated in this way, whether or not something had to be annealed.
+# One word for all that is evaluated in this way, whether or not something had to be annealed; what
+# can't be is weighted, and no more.
 KIND = "weighting, and annealing where it fails"
 
 
@@ -150,7 +151,7 @@ def evaluate(
         annealed,
         budget_for_all=len(untrusted) * price,
         refused=refused,
-        kind=KIND if budget else None,
+        kind=KIND if budget and not refused else None,
     )
 
 

@@ -30,7 +30,6 @@ class ArrayFolder(MutableMapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._used: set[str] = set()
         self._warned = False
 
     def __getitem__(self, key: str) -> Tensor:
@@ -41,11 +40,9 @@ class ArrayFolder(MutableMapping[str, Tensor]):
         array, digest = whole[:-_DIGEST], whole[-_DIGEST:]
         if hashlib.sha256(array).digest() != digest:
             raise KeyError(key)
-        self._used.add(key)
         return torch.from_numpy(np.load(io.BytesIO(array), allow_pickle=False))
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        self._used.add(key)
         array = io.BytesIO()
         np.save(array, value.cpu().numpy())
         try:
@@ -68,11 +65,6 @@ class ArrayFolder(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def drop_unused(self) -> None:
-        """Delete what was neither read nor written through this mapping: it is of other options."""
-        for key in set(self) - self._used:
-            self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self.path / f"{key}.npy"

@@ -52,8 +52,7 @@ def evaluate_run(
     Writes ``evidence.json`` (the summary), ``evidence.npz`` (per datum), ``evidence.png`` and
     ``trust.png``, and the report anew. Finished blocks of data are kept in the folder
     ``evaluation``: a call that was killed goes on by being made again, on the same kind of device,
-    and one with a larger budget adds to it. A call that ends deletes the blocks of other options,
-    parts and limits.
+    and one with a larger budget adds to it. The blocks of other parts, limits and options stay.
 
     Args:
         run: The run directory.
@@ -123,11 +122,11 @@ def evaluate_run(
     finally:
         told.close()
         seconds = time.perf_counter() - started
-        if told.restored and "seconds" in blocks:
-            seconds += blocks["seconds"].item()
+        clock = f"seconds-{part}-{len(args[0])}-{num_particles}-{seed}"
+        if told.restored and clock in blocks:
+            seconds += blocks[clock].item()
         if told.begun:  # a mistake leaves the folder as it was
-            blocks["seconds"] = torch.tensor(seconds)
-    blocks.drop_unused()
+            blocks[clock] = torch.tensor(seconds)
     jacobian = data.log_jacobian if isinstance(data, Split) else 0.0
     found = found.plus(jacobian)
     summary = {
