@@ -39,7 +39,7 @@ BATCH, UPDATES = 100, 5
 EM = "Monte Carlo EM"
 LOSSES: dict[str, Callable[[], Any]] = {"AEVB": TraceMeanField_ELBO, "wake-sleep": pv.WakeSleep}
 COLOURS = {"AEVB": "tab:blue", "wake-sleep": "tab:red", EM: "tab:green"}
-STYLES = {"train": "-", "test": "--", "train annealed": "x", "test annealed": "+"}
+STYLES = {"train": ".-", "test": ".--", "train annealed": "x", "test annealed": "+"}
 REPORTED = {
     "figure 3, 1000 training data": "-160 to -100 nats on the axis",
     "figure 3, 50000 training data": "-160 to -125 nats on the axis; no Monte Carlo EM: too slow",
@@ -255,7 +255,7 @@ def picture(results: pv.Results, path: Path) -> None:
             label = method if seed == mine[0]["seed"] else None
             for key, style in STYLES.items():
                 values = [row[key]["value"] for row in line]
-                axes.plot(samples, values, style, marker=".", color=COLOURS[method], label=label)
+                axes.plot(samples, values, style, color=COLOURS[method], label=label)
                 label = None
         axes.set(xscale="log", xlabel="training samples evaluated")
         axes.xaxis.set_minor_formatter(NullFormatter())
