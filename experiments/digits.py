@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--latent-dim", type=int, default=10)
     parser.add_argument("--num-particles", type=int, default=5000)
+    parser.add_argument("--budget", type=float, default=8.0, help="of annealing; see pv.evaluate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, few particles")
@@ -62,7 +63,9 @@ def main() -> None:
         out=args.out,
         device=args.device,
     )
-    found = pv.evaluate_run(args.out, num_particles=args.num_particles, device=args.device)
+    found = pv.evaluate_run(
+        args.out, num_particles=args.num_particles, budget=args.budget, device=args.device
+    )
     evidence = json.loads((args.out / "evidence.json").read_text())
     results = {
         "title": "The digits of scikit-learn: `make demo`",
@@ -74,7 +77,7 @@ def main() -> None:
             "warmed up over 20 epochs, stopped after 60 epochs without a better validation bound, "
             "parameters of the best",
             "evaluation": f"importance weighting with the guide, {args.num_particles} particles "
-            "per datum, and for as much again annealing of data that it can't be trusted for",
+            f"per datum, and annealing of untrusted data for {args.budget:g} times its cost",
         },
         "num_train": len(data.train),
         "num_test": evidence["num_data"],

@@ -95,7 +95,12 @@ def test_a_budget_that_is_too_small_is_said():
     found = pv.evaluate(pair.model, guide, x, num_particles=100, budget=0.0, **CHEAP)
     assert found.annealed is None
     assert found.num_untrusted > 0
-    assert "the budget is too small to anneal any" in found.advice
+    assert "the budget is too small to anneal a sample" in found.advice
+    # What it names is enough for ten, and less is not.
+    enough = float(found.advice.split("budget=")[1].split(" anneals 10")[0])
+    options: dict[str, Any] = {"num_particles": 100, **CHEAP}
+    assert len(pv.evaluate(pair.model, guide, x, budget=enough, **options).rows) == 10
+    assert not len(pv.evaluate(pair.model, guide, x, budget=0.9 * enough, **options).rows)
     assert "too low by an unknown amount" in str(found)
 
 
@@ -132,8 +137,9 @@ def test_figures_go_into_json():
 
 def test_a_constant_moves_every_figure_alike():
     pair, guide, x = hard_pair(20)
-    found = pv.evaluate(pair.model, guide, x, num_particles=50, budget=100.0, **CHEAP)
+    found = pv.evaluate(pair.model, guide, x, num_particles=50, budget=150.0, **CHEAP)
     assert found.annealed is not None
+    assert 10 <= len(found.rows) < found.num_untrusted
     moved = found.plus(-7.0)
     assert moved.mean == pytest.approx(found.mean - 7)
     assert moved.weighted.mean == pytest.approx(found.weighted.mean - 7)

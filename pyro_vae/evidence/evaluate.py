@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vae.context import device_of
 from pyro_vae.evidence.annealed import ais
 from pyro_vae.evidence.blocks import check_options
-from pyro_vae.evidence.evaluation import Evaluation
+from pyro_vae.evidence.evaluation import FEWEST_ANNEALED, Evaluation
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.evidence.kept import Kept
 from pyro_vae.evidence.path import chain_blocks, check_plan
@@ -67,7 +67,8 @@ def evaluate(
         args: What both take; see ``log_weights``.
         num_particles: Number of importance weights K per datum.
         budget: What annealing may cost, in units of what weighting costs, N K passes through the
-            decoder; a gradient counts three. 0 anneals nothing, ``math.inf`` all of them.
+            decoder; a gradient counts three. A sample has at least ten data. 0 anneals nothing,
+            ``math.inf`` all of them.
         num_chains: Number of annealed chains per datum.
         temperatures: Number of steps of each, or a schedule; see ``ais``.
         leapfrog_steps: Leapfrog steps of each move.
@@ -117,7 +118,7 @@ def evaluate(
     pilot = chain_blocks(num_chains, device_of(model, guide))[0]
     price = PASSES * plan.gradients(1, num_chains, pilot=pilot) / (size * num_particles)
     count = math.floor(min(len(untrusted), budget / price + 1e-9))
-    if count < min(2, len(untrusted)):  # one of several has no spread, and so no error
+    if count < min(FEWEST_ANNEALED, len(untrusted)):
         count = 0
     order = torch.randperm(len(untrusted), generator=torch.Generator().manual_seed(seed))
     rows = untrusted[order[:count]]  # in that order, so that a larger budget adds to them

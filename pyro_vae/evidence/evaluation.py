@@ -10,7 +10,10 @@ from torch import Tensor
 from pyro_vae.evidence.chains import ChainEstimate
 from pyro_vae.evidence.estimate import Estimate
 
-__all__ = ["Evaluation"]
+__all__ = ["FEWEST_ANNEALED", "Evaluation"]
+
+# A sample of fewer data says too little of its own spread to correct a mean by.
+FEWEST_ANNEALED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,9 +189,12 @@ class Evaluation(Estimate):
         if self.refused:
             return f"{said}, and annealing can't be had: {low}. {self.refused}"
         if self.annealed is None:
+            enough = self.budget_for_all * FEWEST_ANNEALED / wanted
+            some = f"budget={_rounded_up(enough)} anneals {FEWEST_ANNEALED}, "
+            some = some if wanted > FEWEST_ANNEALED else ""
             return (
-                f"{said}, and the budget is too small to anneal any: {low}. "
-                f"budget={_rounded_up(self.budget_for_all)} anneals all."
+                f"{said}, and the budget is too small to anneal a sample of them: {low}. "
+                f"{some}budget={_rounded_up(self.budget_for_all)} anneals all."
             )
         did = f"{said}; {len(self.rows)} of them were annealed"
         if len(self.rows) < wanted:
