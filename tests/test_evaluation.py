@@ -307,6 +307,27 @@ def test_a_guide_out_of_reach_is_said_though_nothing_was_to_be_annealed():
     assert "budget" not in found.advice
 
 
+def test_data_without_any_weight_are_named_and_spoil_no_others():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0 * x, 1.0))
+            narrow = dist.Normal(z, 0.01).log_prob(x)
+            pyro.factor("x", torch.where(x > 50, -torch.inf, narrow))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 1.0))
+
+    x = torch.linspace(-1, 1, 30)
+    x[7] = 99.0
+    found = pv.evaluate(model, guide, x, num_particles=40, budget=1e6, **TINY)
+    assert 7 not in found.rows.tolist()
+    assert len(found.rows) >= 10
+    assert found.gain.isfinite().all()
+    assert "1 of 30 data, 7 first, have no weight above zero" in found.advice
+    assert found.value[torch.arange(30) != 7].isfinite().all()
+
+
 def test_the_budget_that_is_named_anneals_all():
     weighted = pv.Estimate(*torch.ones(4, 100).double(), num_particles=1000)
     none = torch.tensor([], dtype=torch.long)

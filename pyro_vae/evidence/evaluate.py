@@ -114,7 +114,8 @@ def evaluate(
         progress=_counting(progress, "weighing", size * num_particles),
         kept=kept,
     )
-    untrusted = (~weighted.trusted).nonzero().squeeze(1)
+    # What annealing gains on data without any weight is infinite, and no average of others.
+    untrusted = (~weighted.trusted & weighted.value.isfinite()).nonzero().squeeze(1)
     pilot = chain_blocks(num_chains, device_of(model, guide))[0]
     price = PASSES * plan.gradients(1, num_chains, pilot=pilot) / (size * num_particles)
     count = math.floor(min(len(untrusted), budget / price + 1e-9))

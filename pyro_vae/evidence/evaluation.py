@@ -181,6 +181,13 @@ class Evaluation(Estimate):
     def advice(self) -> str:
         """What was done about the data that weighting can't be trusted for, in words."""
         wanted, size = self.num_untrusted, len(self.value)
+        without = (~self.weighted.value.isfinite()).nonzero().squeeze(1).tolist()
+        if without:
+            return (
+                f"{len(without)} of {size} data, {', '.join(map(str, without[:5]))} first, have no "
+                "weight above zero, and the mean is infinite with them: the model or the guide "
+                "can't explain them. Anneal those (pv.ais), or look at the data."
+            )
         nothing_to_do = self.weighted.caveat and self.annealed is None and not self.refused
         if wanted == 0 or nothing_to_do:
             return self.weighted.advice
