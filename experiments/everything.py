@@ -66,6 +66,12 @@ JOBS = {
     "vampprior_binarized_mnist": Job(
         "vampprior", 8, "--data binarized_mnist --recipe ours", "--epochs 20 --layers 1"
     ),
+    "guides_binarized_mnist": Job(
+        "guides",
+        6,
+        "--data binarized_mnist --only diagonal IAF --num-particles 5000",
+        "--epochs 40 --num-particles 1000",
+    ),
     "vampprior_frey_faces": Job("vampprior", 4, "--data frey_faces", "--epochs 200 --layers 1"),
     "autoregressive_binarized_mnist": Job(
         "autoregressive", 3, "--data binarized_mnist --epochs 100", "--epochs 10"

@@ -10,6 +10,7 @@ puts the data, which a fixed N(0, I) can't.
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path("runs/priors"), help="goes on if there")
     parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--warmup", type=int, help="epochs of it; a fifth by default")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -83,6 +85,8 @@ def main() -> None:
     print(data.summary())
     pairs = swaps(data, args.latent_dim, tuple(args.hidden_dims), args.num_components)
     if args.only:
+        if unknown := [name for name in args.only if name not in pairs]:
+            parser.error(f"--only: there is no {unknown[0]!r}; choose from {', '.join(pairs)}")
         pairs = {name: pairs[name] for name in args.only}
     found = pv.compare_swaps(
         pairs,
@@ -96,6 +100,7 @@ def main() -> None:
         kl_weight=pv.warmup(warmup),
         epochs=args.epochs,
         batch_size=args.batch_size,
+        max_seconds=60 * args.budget / len(pairs),
         seed=args.seed,
         device=args.device,
     )
@@ -115,10 +120,14 @@ def main() -> None:
         },
         **json.loads((args.out / "comparison.json").read_text()),
     }
+    (args.out / "comparison.png").replace(args.out / "priors.png")
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(found)
-    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'comparison.png'}")
+    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'priors.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"priors.py: {error}") from None

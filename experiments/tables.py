@@ -83,10 +83,40 @@ def free(figures: dict[str, Any]) -> Section:
     keys = [key for key in (*keys, "as_reported") if any(row.get(key) for row in rows)]
     head = ["" if key == "name" else HEADS.get(key, key.replace("_", " ")) for key in keys]
     facts = {key.replace("_", " "): fact for key, fact in cells(figures).items() if fact}
+    for row in figures["rows"]:
+        facts |= {f"{said} of {row['name']}": why for said, why in remarks(row).items()}
     facts = protocol(figures) | facts | where(figures)
     for row in figures["rows"]:
         facts |= {f"{key} of {row['name']}": fact for key, fact in where(row).items()}
     return markdown(head, [[row.get(key, "") for key in keys] for row in rows]), facts
+
+
+def remarks(row: dict[str, Any]) -> dict[str, str]:
+    """What a figure falls short of, and why, as far as the row tells."""
+    found = {}
+    for part in (key for key in row if f"{key} annealed" in row):
+        if (more := row[f"{part} annealed"]["value"] - row[part]["value"]) > 1:
+            found[f"{part} figure"] = (
+                f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
+                "come to the posterior from where they began"
+            )
+    published = row.get("as_reported")
+    published = max(published.values()) if isinstance(published, dict) else published
+    if not isinstance(published, float) or row.get("log_evidence") is None:
+        return found
+    levels = "bits_per_dim" in row
+    short = row["bits_per_dim"] - published if levels else published - row["log_evidence"]
+    done, best = row["epochs"], row.get("best_epoch", row["epochs"])
+    if done < row.get("of_epochs", done):
+        why = f"training was stopped by its budget after {done} of {row['of_epochs']} epochs"
+    elif best > 0.95 * done:
+        why = f"the validation bound was best at epoch {best} of {done}: it still rose"
+    else:
+        why = f"the validation bound was best at epoch {best} of {done}, and fell after it"
+    if short > 0:
+        unit = "bits per dimension" if levels else "nats"
+        found["shortfall"] = f"{short:.2f} {unit} worse than reported; {why}"
+    return found
 
 
 def cells(figures: dict[str, Any]) -> dict[str, str]:
@@ -140,7 +170,10 @@ def comparison(figures: dict[str, Any]) -> Section:
             paired = [f"**{row['difference']:+.2f}**", f"{row['difference_error']:.3f}"]
             paired.append(f"{row['share']:.0%}")
         bits = [f"{row['bits_per_dim']:.4f}"] if with_bits else []
-        lines.append([*cells, *paired, *bits, f"{row['epochs']}"])
+        of = (
+            f" of {row['of_epochs']}" if row.get("of_epochs", row["epochs"]) > row["epochs"] else ""
+        )
+        lines.append([*cells, *paired, *bits, f"{row['epochs']}{of}"])
     head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
     head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs"]
     facts = protocol(figures) | where(figures, versions=False)

@@ -123,6 +123,7 @@ def test_swaps_that_the_clock_stops_are_judged_as_they_are_and_gone_on_with(tmp_
     options |= {"out": tmp_path / "cut", "max_seconds": 1e-9}
     first = pv.compare_swaps(swaps(), data, **options)
     assert [row["epochs"] for row in first.rows] == [1, 1]
+    assert [row["of_epochs"] for row in first.rows] == [2, 2]
     # One is killed when it has trained on, and not yet judged again what it has now.
     with monkeypatch.context() as patch:
         patch.setattr("pyro_vae.runs.swaps.evaluate_run", None)

@@ -95,7 +95,8 @@ def test_a_comparison_runs_and_leaves_its_figures(script, monkeypatch, tmp_path,
         assert f"{row['log_evidence']:.2f}" in said
     assert all(row["difference_error"] > 0 for row in figures["rows"][1:])
     assert {"title", "protocol", "machine", "baseline"} <= set(figures)
-    assert (out / "comparison.png").is_file()
+    assert (out / f"{script.stem}.png").is_file()
+    assert all(row["epochs"] == row["of_epochs"] == 2 for row in figures["rows"])
     assert str(out / "results.json") in said
 
 

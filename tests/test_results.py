@@ -99,6 +99,35 @@ def test_facts_and_other_machines_stand_below():
     assert facts["machine of one"] == "Q, 9 cores, cuda"
 
 
+@pytest.mark.parametrize(
+    ("figures", "why"),
+    [
+        ({"best_epoch": 99}, "1.50 nats worse than reported; the validation bound was best at "),
+        ({"best_epoch": 99}, "epoch 99 of 100: it still rose"),
+        ({"best_epoch": 60}, "epoch 60 of 100, and fell after it"),
+        ({"of_epochs": 300}, "stopped by its budget after 100 of 300 epochs"),
+        ({"bits_per_dim": 4.75, "as_reported": 4.5}, "0.25 bits per dimension worse than reported"),
+        ({"as_reported": {"paper": -88.5, "code": -87.0}}, "3.00 nats worse"),
+        ({"as_reported": -90.5}, None),
+        ({"bits_per_dim": 4.25, "as_reported": 4.5}, None),
+        ({"as_reported": "-150 to -100 on the axis"}, None),
+    ],
+)
+def test_a_figure_worse_than_the_published_one_says_why(figures, why):
+    row = {"name": "one", "log_evidence": -90.0, "epochs": 100, "as_reported": -88.5}
+    _, facts = free([{**row, **figures}])
+    told = facts.get("shortfall of one")
+    assert told is None if why is None else why in told
+
+
+def test_two_estimators_that_are_apart_are_named():
+    row = {"name": "one", "train": {"value": -150.0}, "train annealed": {"value": -142.0}}
+    row |= {"test": {"value": -150.0}, "test annealed": {"value": -149.5}}
+    _, facts = free([row])
+    assert facts["train figure of one"].startswith("annealing finds 8.0 nats more")
+    assert "test figure of one" not in facts
+
+
 @pytest.mark.parametrize("drawn", [True, False])
 def test_a_page_has_a_picture_where_there_is_one(drawn, tmp_path):
     folder = tmp_path / "results"

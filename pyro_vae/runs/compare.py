@@ -22,7 +22,8 @@ class RunComparison(Comparisons):
 
     Attributes:
         rows: One dict a run: what ``Comparisons`` has, ``bits_per_dim`` (None where data have no
-            levels), ``epochs`` and ``train_seconds``.
+            levels), ``epochs`` (those it has trained for), ``of_epochs`` (those it was to train
+            for) and ``train_seconds``.
     """
 
 
@@ -155,5 +156,6 @@ def _row(
         **row(name, estimate, difference),
         "bits_per_dim": summary.get("bits_per_dim"),
         "epochs": len(records),
+        "of_epochs": run.config["options"]["epochs"],
         "train_seconds": records[-1]["seconds"] if records else None,
     }
