@@ -184,7 +184,7 @@ def test_a_vamp_prior_is_the_average_posterior_and_shares_the_encoder():
     torch.testing.assert_close(prior().log_prob(z), expected)
     prior().log_prob(z).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in shared.parameters())
-    assert prior.pseudo_inputs.grad is not None
+    assert prior.places.grad is not None
 
 
 def test_pseudo_inputs_stay_within_their_bounds():
@@ -192,9 +192,33 @@ def test_pseudo_inputs_stay_within_their_bounds():
     z = torch.randn(7, 2)
     with torch.no_grad():
         inside = prior().log_prob(z)
-        prior.pseudo_inputs.sub_((prior.pseudo_inputs == 0).float())
-        assert prior.pseudo_inputs.min() == -1
+        prior.places.sub_((prior.places == 0).float())
+        assert prior.places.min() == -1
+        assert prior.pseudo_inputs.min() == 0
         torch.testing.assert_close(prior().log_prob(z), inside)
+
+
+@pytest.mark.parametrize("high", [1.0, 255.0])
+def test_pseudo_inputs_of_any_range_move_alike(high):
+    """Pixels of 0..255 that an encoder rescales learn what pixels of 0..1 do."""
+
+    def after_steps(high: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        seeing = pv.networks.rescaled(pv.networks.mlp(9, (2, 2), hidden_dims=(8,)), scale=high)
+        shared = pv.Conditional(seeing.double(), pv.families.normal)
+        prior = pv.priors.VampPrior(shared, high * bits(6).double(), low=0.0, high=high)
+        optimizer = torch.optim.Adam([prior.places], lr=0.01)
+        z = torch.randn(7, 2, dtype=torch.float64)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (-prior().log_prob(z).sum()).backward()
+            optimizer.step()
+        return prior.pseudo_inputs.detach() / high
+
+    moved = (after_steps(high) - after_steps(1.0)).abs().max()
+    assert moved < 1e-6
+    torch.manual_seed(0)
+    assert (after_steps(high) - bits(6)).abs().max() > 0.05
 
 
 def test_a_shared_encoder_stays_shared_in_a_recipe():
@@ -259,6 +283,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bounds": (
         lambda: pv.priors.VampPrior(encoder(), 255 * bits(5), low=0.0, high=1.0),
         "between 0.0 and 1.0, got values from 0 to 255",
+    ),
+    "no range": (
+        lambda: pv.priors.VampPrior(encoder(), torch.ones(5, 9), low=1.0, high=1.0),
+        "low < high, got 1.0 and 1.0",
     ),
     "no transforms": (
         lambda: pv.priors.FlowPrior(2, transforms.affine_autoregressive, num_transforms=0),

@@ -169,12 +169,13 @@ class VampPrior(nn.Module):
         pseudo_inputs: Where they start, ``(K, D)``: data, such as the first 500 of the training
             set, serve well.
         low: Pseudo-inputs are kept above this, e.g. 0 for pixels; None for no bound.
-        high: And below this.
+        high: And below this. With both bounds the parameters are places between them, from 0 to
+            1, so that a step of Adam moves grey levels of 0..255 as far as those of 0..1.
         learned_weights: Learn the K weights instead of 1/K each.
 
     Raises:
         ValueError: ``pseudo_inputs`` is no ``(K, D)``, or not within the bounds, or the encoder
-            can't take it.
+            can't take it; or ``high`` isn't above ``low``.
 
     Reference: Tomczak and Welling, "VAE with a VampPrior" (2018).
 
@@ -208,25 +209,34 @@ class VampPrior(nn.Module):
             )
         self.encoder = encoder
         self.low, self.high = low, high
+        self._origin, self._unit = 0.0, 1.0
+        if low is not None and high is not None:
+            if not low < high:
+                raise ValueError(f"priors.VampPrior: expected low < high, got {low} and {high}.")
+            self._origin, self._unit = low, high - low
         dtype = pseudo_inputs.dtype if pseudo_inputs.is_floating_point() else None
-        self.pseudo_inputs = nn.Parameter(
-            pseudo_inputs.detach().clone().to(dtype or torch.get_default_dtype())
-        )
-        logits = torch.zeros(len(pseudo_inputs), dtype=self.pseudo_inputs.dtype)
+        start = pseudo_inputs.detach().clone().to(dtype or torch.get_default_dtype())
+        self.places = nn.Parameter((start - self._origin) / self._unit)
+        logits = torch.zeros(len(pseudo_inputs), dtype=self.places.dtype)
         if learned_weights:
             self.logits: Tensor = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits)
         _check_prior(self)
 
+    @property
+    def pseudo_inputs(self) -> Tensor:
+        """Where they are now, ``(K, D)``, within the bounds."""
+        inputs = self._origin + self._unit * self.places
+        if self.low is None and self.high is None:
+            return inputs
+        # The gradient of a clamp is zero at its bounds, where black and white pixels are.
+        within = inputs.detach().clamp(self.low, self.high)
+        return inputs + (within - inputs.detach())
+
     def forward(self) -> TorchDistribution:
         """Return the mixture of posteriors, ``batch_shape ()`` and ``event_shape (Z,)``."""
-        inputs = self.pseudo_inputs
-        if self.low is not None or self.high is not None:
-            # The gradient of a clamp is zero at its bounds, where black and white pixels are.
-            within = inputs.detach().clamp(self.low, self.high)
-            inputs = inputs + (within - inputs.detach())
-        components = self.encoder(inputs)
+        components = self.encoder(self.pseudo_inputs)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 
