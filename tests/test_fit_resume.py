@@ -1,5 +1,6 @@
 """A run that is taken up again, as if the signals that stopped it had never come."""
 
+import contextlib
 import re
 import signal
 import time
@@ -27,7 +28,7 @@ from fit_pairs import (
 from helpers import bernoulli_pair, bits
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 import pyro_vae as pv
 from pyro_vae.runs.directory import Run
@@ -315,6 +316,31 @@ def test_a_run_is_not_gone_on_with_under_other_conditions(change, match, tmp_pat
     with pytest.raises(ValueError, match=match):
         fit(*bernoulli_pair(), **{"data": X, **change}, epochs=2, out=out, resume=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"optimizer": fast}, r"the optimizer's lr=0\.01, now it is 0\.03"),
+        (
+            {"lr_schedule": partial(CosineAnnealingLR, T_max=9)},
+            r"lr_schedule's T_max=5, now it is 9",
+        ),
+        ({"kl_weight": pv.warmup(4)}, r"the kl_weight of epoch 1=0\.5, now it is 0\.25"),
+        ({}, None),
+    ],
+)
+def test_rates_and_weights_go_on_as_they_began(change, match, tmp_path):
+    options: Any = {
+        "optimizer": adam,
+        "lr_schedule": partial(CosineAnnealingLR, T_max=5),
+        "kl_weight": pv.warmup(2),
+    }
+    fit(*bernoulli_pair(), X, epochs=1, out=tmp_path / "run", **options)
+    told = contextlib.nullcontext() if match is None else pytest.raises(ValueError, match=match)
+    with told:
+        options |= change
+        fit(*bernoulli_pair(), X, epochs=2, out=tmp_path / "run", resume=True, **options)
 
 
 def test_other_values_of_a_split_are_other_data(tmp_path):

@@ -135,7 +135,7 @@ class Loop:
                 of the epoch before, if already the first loss was.
         """
         if self.step == 0 or self._start is None:
-            self._start = copy.deepcopy(self.state_dict())
+            self._start = self._copied_state()
             if self.records and math.isfinite(self.records[-1]["valid_elbo"]):
                 self._good = self._start
         order = self._order().to(self.train[0].device)
@@ -182,6 +182,12 @@ class Loop:
             "sums": self._sums,
             "seconds": self.seconds,
         }
+
+    def _copied_state(self) -> dict[str, Any]:
+        """The state as it is now; what is never changed in place is shared, however long it is."""
+        state = self.state_dict()
+        shared = {"records": list(self.records), "best": self.best}
+        return {**copy.deepcopy({k: v for k, v in state.items() if k not in shared}), **shared}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back (or on) to a saved state.

@@ -21,7 +21,15 @@ from pyro_vae.inference.handlers import Program
 from pyro_vae.inference.loop import Loop, Record
 from pyro_vae.inference.svi import SVI, OptimizerFactory
 from pyro_vae.runs.checks import as_tuple, check_alike, check_options, check_values, set_up
-from pyro_vae.runs.config import Data, continued, run_config, write_examples
+from pyro_vae.runs.config import (
+    Data,
+    check_weights,
+    continued,
+    hyperparameters,
+    run_config,
+    schedule,
+    write_examples,
+)
 from pyro_vae.runs.device import resolve_device
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.pictures import draw_run
@@ -112,8 +120,8 @@ def fit(
             validating included; ``resume=True`` goes on, as if it had never stopped.
         out: The run directory to make.
         resume: Go on with the run in ``out``, from its beginning if it was killed before its first
-            epoch was saved; the pair, the data and the options have to be those
-            with which it was started (``epochs`` may grow).
+            epoch was saved; the pair, the data and the options, those of the optimizer and of the
+            schedules too, have to be those with which it was started (``epochs`` may grow).
         device: "auto" (a GPU where there is one and both programs are modules), "cpu", "cuda"...
         compile: Compile the step (see ``SVI``); "auto" does so before training where counted
             operations say that it would take longer than 20 seconds without.
@@ -208,7 +216,9 @@ def fit(
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "seed": seed,
+                "hyperparameters": hyperparameters(svi.optimizer),
                 "lr_schedule": None if loop.scheduler is None else _name(loop.scheduler),
+                "schedule": schedule(loop.scheduler),
                 "kl_weight": {"first": weights[0], "last": weights[-1]},
                 "max_grad_norm": max_grad_norm,
                 "patience": patience,
@@ -219,7 +229,9 @@ def fit(
             if resume:
                 config = continued(run.config, config)
                 if run.has_begun:
-                    loop.load_state_dict(run.load_checkpoint(target))
+                    state = run.load_checkpoint(target)
+                    check_weights(state["records"], weights)
+                    loop.load_state_dict(state)
             else:
                 write_examples(run, data, train, validation)
             run.write_json("config.json", config)

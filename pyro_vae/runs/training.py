@@ -55,8 +55,11 @@ def train(
                     bar.show([f"epoch {loop.epoch + 1}/{epochs}", f"loss {per_datum:.2f}"])
                 return interrupted.is_set()
 
+            # The last epoch with another KL weight than the last one: patience begins after it.
+            changing = (e for e in range(epochs, 0, -1) if loop.weight(e) != loop.weight(epochs))
+            warm = next(changing, 0) if patience is not None else 0
             # A run that had stopped for good before it was resumed stays as it was.
-            reason = _reason_to_stop(loop, epochs, patience)
+            reason = _reason_to_stop(loop, epochs, patience, warm)
             while reason is None:
                 if not loop.run_epoch(after_step):
                     break
@@ -65,7 +68,8 @@ def train(
                 asked_to_stop = False
                 for callback in callbacks:
                     asked_to_stop |= callback(dict(record)) is True
-                reason = "callback" if asked_to_stop else _reason_to_stop(loop, epochs, patience)
+                stop = _reason_to_stop(loop, epochs, patience, warm)
+                reason = "callback" if asked_to_stop else stop
                 if reason is None and time.monotonic() >= end:
                     reason = "time"
                 saver.save(final=reason is not None)
@@ -81,43 +85,61 @@ def train(
         bar.close()
 
 
-def _reason_to_stop(loop: Loop, epochs: int, patience: int | None) -> str | None:
+def _reason_to_stop(loop: Loop, epochs: int, patience: int | None, warm: int) -> str | None:
     if loop.epoch >= epochs:
         return "epochs"
-    if patience is not None and loop.best is not None:
-        warm = loop.weight(max(loop.epoch, 1)) == loop.weight(epochs)
-        if warm and loop.epoch - loop.best["epoch"] >= patience:
-            return "patience"
-    return None
+    if patience is None or loop.best is None:
+        return None
+    waited = loop.epoch - max(loop.best["epoch"], warm)
+    return "patience" if waited >= patience else None
 
 
 class _Saver:
-    """Writes metrics after every epoch, and the checkpoint as often as that costs little time."""
+    """Writes metrics and checkpoint, each after every epoch that took 20 times as long as it."""
 
     def __init__(self, loop: Loop, run: Run | None) -> None:
         self.loop = loop
         self.run = run
-        self._cost = 0.0
-        self._saved_at = -math.inf
+        self._metrics = _Pace()
+        self._checkpoint = _Pace()
 
     def save(self, *, final: bool, due: bool = False) -> None:
         if self.run is None:
             return
-        started = time.monotonic()
-        due = due or final or started - self._saved_at >= 20 * self._cost
+        due = due or final or self._checkpoint.due
         try:
-            self.run.write_metrics(self.loop.records)
+            # Metrics are never behind the checkpoint.
+            if due or self._metrics.due:
+                with self._metrics:
+                    self.run.write_metrics(self.loop.records)
             if due:
-                self.run.save_checkpoint(self.loop.state_dict())
+                with self._checkpoint:
+                    self.run.save_checkpoint(self.loop.state_dict())
         except OSError as error:
             if final:
                 raise
             # The pair is in memory and the last good files are whole: try again at the next epoch.
             warnings.warn(f"{error} Training goes on.", UserWarning, stacklevel=3)
-        else:
-            if due:
-                self._saved_at = time.monotonic()
-                self._cost = self._saved_at - started
+
+
+class _Pace:
+    """When something that takes long enough to be noticed may be done again."""
+
+    def __init__(self) -> None:
+        self._started = self._cost = 0.0
+        self._done = -math.inf
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._done >= 20 * self._cost
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._done = time.monotonic()
+            self._cost = self._done - self._started
 
 
 def _interruption(saver: _Saver, run: Run | None) -> KeyboardInterrupt:
