@@ -1,15 +1,15 @@
 """Run all experiments that reproduce a figure or a table, within a budget, and publish them.
 
 Each is a script of this folder, run by itself in a folder of its own below --out, with its part of
-the time that is left; what one doesn't need goes to those after it. Most of a part is for training,
-the rest for judging. Called again, all go on where they stopped, and those that
-came to their end are left alone. One that fails stops no other: it is said at the end, with the
-last lines of its log. With --publish, the figures and pictures of those that ended well are copied
-to docs/results, and tables.py makes the page of results of them.
+the time that is left; what one doesn't need goes to those after it. Called again, all go on where
+they stopped, and those that came to their end are left alone. One that fails stops no other: it is
+said at the end, with the last lines of its log. With --publish, the figures and pictures of those
+that ended well are copied to docs/results, unless more epochs or the full protocol stand there, and
+tables.py makes the page of results of them.
 
     python experiments/everything.py --smoke --out runs/smoke
     python experiments/everything.py --root FOLDER --device cuda --budget 120 --publish
-    python experiments/everything.py --root FOLDER --reduced --budget 60 --only full_vb neural_nets
+    python experiments/everything.py --root FOLDER --reduced --budget 60 --only aevb_bound
 
 With --reduced, each follows a protocol that two cores of a processor can go through; the results
 state it, and are never mixed with those of the full one.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TRAINING = 0.8  # of a script's part of the time; the rest is for judging
+SHARE = 0.9  # of its part of the time that a script is given; the rest is for what it can't stop
 LAST_LINES = 6
 
 
@@ -49,32 +49,38 @@ class Job:
     reduced: str = ""
 
 
+FEW = "--num-particles 500"
 JOBS = {
-    "autoencoders": Job("autoencoders", 2),
-    "estimator_study": Job("estimator_study", 2),
-    "full_vb": Job("full_vb", 2, "", "--sizes 25 100 400"),
-    "neural_nets": Job("neural_nets", 1),
-    "autoregressive": Job("autoregressive", 1),
+    "autoencoders_digits": Job("autoencoders", 2),
+    "estimator_study_digits": Job("estimator_study", 2, "", "--epochs 100 --draws 50"),
+    "full_vb_digits": Job("full_vb", 2, "", "--sizes 25 100 400"),
+    "neural_nets_digits": Job("neural_nets", 1),
+    "autoregressive_digits": Job("autoregressive", 1),
     "neural_nets_binarized_mnist": Job("neural_nets", 1, "--data binarized_mnist", "--epochs 5"),
     "aevb_manifold": Job("aevb_manifold", 3, "", "--epochs 20"),
     "aevb_bound": Job("aevb_bound", 8, "", "--epochs 20"),
-    "aevb_marginal": Job("aevb_marginal", 6, "", "--sizes 1000 --epochs 200 --images 100"),
-    "iwae_mnist": Job("iwae", 8, "--data mnist --recipe ours", "--epochs 20 --ks 1 5 --layers 1"),
+    "aevb_marginal_mnist": Job("aevb_marginal", 6, "", "--sizes 1000 --epochs 200 --images 100"),
+    "iwae_mnist": Job(
+        "iwae", 8, "--data mnist --recipe ours", f"--epochs 20 --ks 1 5 --layers 1 {FEW}"
+    ),
     "iwae_binarized_mnist": Job(
-        "iwae", 8, "--data binarized_mnist --recipe ours", "--epochs 20 --ks 1 5 --layers 1"
+        "iwae", 8, "--data binarized_mnist --recipe ours", f"--epochs 20 --ks 1 5 --layers 1 {FEW}"
     ),
     "vampprior_binarized_mnist": Job(
-        "vampprior", 8, "--data binarized_mnist --recipe ours", "--epochs 20 --layers 1"
+        "vampprior",
+        8,
+        "--data binarized_mnist --recipe ours",
+        f"--epochs 20 --warmup 5 --layers 1 {FEW}",
     ),
     "guides_binarized_mnist": Job(
         "guides",
         6,
         "--data binarized_mnist --only diagonal IAF --num-particles 5000",
-        "--epochs 40 --num-particles 1000",
+        f"--epochs 40 {FEW}",
     ),
     "vampprior_frey_faces": Job("vampprior", 4, "--data frey_faces", "--epochs 200 --layers 1"),
     "autoregressive_binarized_mnist": Job(
-        "autoregressive", 3, "--data binarized_mnist --epochs 100", "--epochs 10"
+        "autoregressive", 3, "--data binarized_mnist --epochs 100", f"--epochs 10 {FEW}"
     ),
 }
 
@@ -110,8 +116,14 @@ class Ledger:
         figures = out / "results.json"
         if (entry.get("command"), entry.get("code")) != (words, 0) or not figures.is_file():
             return False
-        rows = json.loads(figures.read_text())["rows"]
-        return all(row.get("epochs", 0) >= row.get("of_epochs", row.get("of", 0)) for row in rows)
+        found = json.loads(figures.read_text())
+        return found.get("finished", all(map(came_to_its_end, found["rows"])))
+
+
+def came_to_its_end(row: dict[str, Any]) -> bool:
+    """Whether a training has no epochs left, or has said that it wants no more."""
+    of = row.get("of_epochs", row.get("of", 0))
+    return row.get("finished", row.get("diverged", row.get("epochs", 0) >= of))
 
 
 def run(words: list[str], log: Path, seconds: float) -> int:
@@ -137,10 +149,15 @@ def publish(name: str, script: str, out: Path, *, reduced: bool) -> None:
     """Copy figures and picture to where the page of results is made of them."""
     docs = HERE.parent / "docs" / "results"
     found, there = out / "results.json", docs / f"{name}.json"
-    if reduced and there.is_file():
-        here, other = (json.loads(file.read_text())["protocol"] for file in (found, there))
-        if here != other:
+    if there.is_file():
+        here, other = (json.loads(file.read_text()) for file in (found, there))
+        same = here["protocol"] == other["protocol"]
+        if reduced and not same:
             print(f"{name}: not published, {there} is of another protocol")
+            return
+        ours, theirs = (sum(row.get("epochs", 0) for row in of["rows"]) for of in (here, other))
+        if ours < theirs and (same or not all(map(came_to_its_end, here["rows"]))):
+            print(f"{name}: not published, {there} is of {theirs:,} epochs in all, not {ours:,}")
             return
     docs.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(found, there)
@@ -152,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="runs/everything, or runs/reduced")
+    parser.add_argument("--out", type=Path, help="runs/everything, runs/reduced or runs/smoke")
     parser.add_argument("--root", help="folder of the data sets")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes in all")
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), metavar="NAME")
@@ -163,7 +180,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.publish and args.smoke:
         parser.error("--publish: figures of a smoke run are none; leave --smoke or --publish out.")
-    args.out = args.out or Path("runs/reduced" if args.reduced else "runs/everything")
+    which = "smoke" if args.smoke else "reduced" if args.reduced else "everything"
+    args.out = args.out or Path("runs", which)
     jobs = {name: JOBS[name] for name in args.only}
     if args.smoke:  # a script's first job stands for all of them
         first = {job.script: name for name, job in reversed(jobs.items())}
@@ -185,7 +203,7 @@ def main() -> int:
             print(f"{name}: no time left; call again", flush=True)
             continue
         words = command(name, job, args)
-        budget = [] if share == math.inf else ["--budget", f"{TRAINING * share / 60:.4g}"]
+        budget = [] if share == math.inf else ["--budget", f"{SHARE * share / 60:.4g}"]
         print(f"{name}: {' '.join(words[1:] + budget)}", flush=True)
         started = time.monotonic()
         code = run([*words, *budget], args.out / f"{name}.log", seconds)
@@ -197,7 +215,8 @@ def main() -> int:
             failed.append(name)
     if args.publish:
         for name, job in jobs.items():
-            if ledger.entries.get(name, {}).get("code") == 0:
+            entry = ledger.entries.get(name, {})
+            if (entry.get("command"), entry.get("code")) == (command(name, job, args), 0):
                 publish(name, job.script, args.out / name, reduced=args.reduced)
         subprocess.run([sys.executable, str(HERE / "tables.py")], check=True)
     for name in failed:

@@ -104,18 +104,19 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
     published = max(published.values()) if isinstance(published, dict) else published
     if not isinstance(published, float) or row.get("log_evidence") is None:
         return found
-    levels = "bits_per_dim" in row
-    short = row["bits_per_dim"] - published if levels else published - row["log_evidence"]
+    levels, value = "bits_per_dim" in row, row["log_evidence"]
+    weighted = row.get("weighted", value)  # published figures are of weighting alone
+    short = row["bits_per_dim"] * weighted / value - published if levels else published - weighted
     done, best = row["epochs"], row.get("best_epoch", row["epochs"])
-    if done < row.get("of_epochs", done):
+    if done < row.get("of_epochs", done) and not row.get("finished"):
         why = f"training was stopped by its budget after {done} of {row['of_epochs']} epochs"
-    elif best > 0.95 * done:
-        why = f"the validation bound was best at epoch {best} of {done}: it still rose"
+    elif best == done:
+        why = f"the validation bound still rose in the last of {done} epochs"
     else:
-        why = f"the validation bound was best at epoch {best} of {done}, and fell after it"
+        why = f"of {done} epochs the {best}th was best, by the bound of the validation data"
     if short > 0:
         unit = "bits per dimension" if levels else "nats"
-        found["shortfall"] = f"{short:.2f} {unit} worse than reported; {why}"
+        found["shortfall"] = f"by weighting {short:.2f} {unit} worse than reported; {why}"
     return found
 
 

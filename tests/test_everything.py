@@ -68,43 +68,46 @@ def test_every_job_is_a_script_with_these_options(job):
 
 
 def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(folder):
-    names = ["estimator_study", "full_vb", "aevb_bound"]
+    names = ["estimator_study_digits", "full_vb_digits", "aevb_bound"]
     told = call(folder, "--only", *names, "--budget", "60")
     assert told.returncode == 0, told.stderr
     weights = [JOBS[name].weight for name in names]
     for i, name in enumerate(names):  # the fakes take next to nothing of an hour
         ((*_, option, minutes),) = calls(folder, name)
-        share = 0.8 * 60 * weights[i] / sum(weights[i:])
+        share = 0.9 * 60 * weights[i] / sum(weights[i:])
         assert option == "--budget"
         assert float(minutes) == pytest.approx(share, rel=0.02)
 
 
 def test_what_is_finished_is_left_alone_and_what_is_not_goes_on(folder):
-    names = ["full_vb", "estimator_study"]
+    names = ["full_vb_digits", "estimator_study_digits"]
     for times in (1, 2, 2):
         assert call(folder, "--only", *names).returncode == 0
         assert [len(calls(folder, name)) for name in names] == [times, times]
-    assert call(folder, "--only", "full_vb", "--device", "cuda").returncode == 0
-    assert calls(folder, "full_vb")[-1][-2:] == ["--device", "cuda"]  # another call, another end
+    assert call(folder, "--only", "full_vb_digits", "--device", "cuda").returncode == 0
+    assert calls(folder, "full_vb_digits")[-1][-2:] == [
+        "--device",
+        "cuda",
+    ]  # another call, another end
 
 
 def test_a_failure_stops_no_other_and_is_said_at_the_end(folder):
-    told = call(folder, "--only", "autoencoders", "estimator_study")
+    told = call(folder, "--only", "autoencoders_digits", "estimator_study_digits")
     assert told.returncode == 1
-    assert len(calls(folder, "estimator_study")) == 1
-    assert "autoencoders: failed (1)" in told.stdout
+    assert len(calls(folder, "estimator_study_digits")) == 1
+    assert "autoencoders_digits: failed (1)" in told.stdout
     assert told.stdout.rstrip().endswith("autoencoders.py: the data are missing; put them there")
-    again = call(folder, "--only", "autoencoders")
-    assert (again.returncode, len(calls(folder, "autoencoders"))) == (1, 2)
+    again = call(folder, "--only", "autoencoders_digits")
+    assert (again.returncode, len(calls(folder, "autoencoders_digits"))) == (1, 2)
 
 
 def test_time_that_has_run_out_ends_a_script_and_the_others_are_left(folder):
     sleeping = "import time\ntime.sleep(60)\n"
     (folder / "experiments" / "full_vb.py").write_text(sleeping)
-    told = call(folder, "--only", "full_vb", "neural_nets", "--budget", "0.005")
-    assert "full_vb: out of time; call again" in told.stdout
-    assert "neural_nets: no time left; call again" in told.stdout
-    assert calls(folder, "neural_nets") == []
+    told = call(folder, "--only", "full_vb_digits", "neural_nets_digits", "--budget", "0.005")
+    assert "full_vb_digits: out of time; call again" in told.stdout
+    assert "neural_nets_digits: no time left; call again" in told.stdout
+    assert calls(folder, "neural_nets_digits") == []
 
 
 def test_a_smoke_run_calls_every_script_once(folder):
@@ -117,7 +120,7 @@ def test_a_smoke_run_calls_every_script_once(folder):
 
 def test_figures_are_published_and_reduced_ones_replace_no_others(folder):
     docs = folder / "docs" / "results"
-    only = ["--only", "neural_nets_binarized_mnist", "autoencoders", "--publish"]
+    only = ["--only", "neural_nets_binarized_mnist", "autoencoders_digits", "--publish"]
     name = f"{only[1]}.json"
     assert call(folder, *only, "--reduced", "--root", "R").returncode == 1
     assert [file.name for file in docs.iterdir() if file.suffix == ".json"] == [name]
@@ -129,3 +132,48 @@ def test_figures_are_published_and_reduced_ones_replace_no_others(folder):
     told = call(folder, *only, "--reduced")
     assert "not published" in told.stdout
     assert json.loads((docs / name).read_text())["protocol"] == {"epochs": "full"}
+
+
+def written(rows: list[dict], epochs: str) -> str:
+    return json.dumps({"title": "t", "protocol": {"epochs": epochs}, "rows": rows})
+
+
+@pytest.mark.parametrize(
+    ("there", "published"),
+    [
+        (([{"epochs": 2}], "full"), True),
+        (([{"epochs": 2}, {"epochs": 2}], "full"), False),  # of the same protocol, and farther
+        (([{"epochs": 5}], "5"), True),  # a reduced one, and ours has come to its end
+        (([{"epochs": 1}], "5"), True),
+    ],
+)
+def test_figures_of_more_epochs_are_not_replaced(folder, there, published):
+    docs = folder / "docs" / "results"
+    docs.mkdir()
+    rows = [{"name": f"{i}", **row} for i, row in enumerate(there[0])]
+    (docs / "full_vb_digits.json").write_text(written(rows, there[1]))
+    only = ["--only", "full_vb_digits"]
+    call(folder, *only)
+    told = call(folder, *only, "--publish")  # two epochs, of two
+    new = json.loads((docs / "full_vb_digits.json").read_text())
+    assert (new["rows"][0]["name"] == "one") == published
+    assert ("not published" in told.stdout) != published
+
+
+@pytest.mark.parametrize(
+    ("rows", "fact", "finished"),
+    [
+        ([{"epochs": 3, "of_epochs": 9}], {}, False),
+        ([{"epochs": 9, "of_epochs": 9}, {"gain": 1.0}], {}, True),
+        ([{"epochs": 3, "of_epochs": 9, "finished": True}], {}, True),  # it wanted no more
+        ([{"epochs": 3, "of_epochs": 9, "diverged": True}], {}, True),
+        ([{"epochs": 9, "of_epochs": 9}], {"finished": False}, False),  # a row is missing
+        ([{"epochs": 3, "of_epochs": 9}], {"finished": True}, True),
+    ],
+)
+def test_a_script_is_finished_when_its_trainings_are(rows, fact, finished, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows, **fact}))
+    ledger = SCRIPT["Ledger"](tmp_path / "ledger.json")
+    ledger.write("job", ["words"], 0, 1.0)
+    assert ledger.finished("job", ["words"], tmp_path) == finished
+    assert not ledger.finished("job", ["others"], tmp_path)

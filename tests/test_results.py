@@ -102,11 +102,16 @@ def test_facts_and_other_machines_stand_below():
 @pytest.mark.parametrize(
     ("figures", "why"),
     [
-        ({"best_epoch": 99}, "1.50 nats worse than reported; the validation bound was best at "),
-        ({"best_epoch": 99}, "epoch 99 of 100: it still rose"),
-        ({"best_epoch": 60}, "epoch 60 of 100, and fell after it"),
+        ({}, "1.50 nats worse than reported; the validation bound still rose in the last of 100 "),
+        ({"best_epoch": 60}, "of 100 epochs the 60th was best"),
         ({"of_epochs": 300}, "stopped by its budget after 100 of 300 epochs"),
+        ({"of_epochs": 300, "finished": True, "best_epoch": 50}, "of 100 epochs the 50th was best"),
+        ({"weighted": -91.0}, "2.50 nats worse"),
         ({"bits_per_dim": 4.75, "as_reported": 4.5}, "0.25 bits per dimension worse than reported"),
+        (
+            {"bits_per_dim": 4.5, "weighted": -95.0, "as_reported": 4.5},
+            "by weighting 0.25 bits per dimension worse than reported",
+        ),
         ({"as_reported": {"paper": -88.5, "code": -87.0}}, "3.00 nats worse"),
         ({"as_reported": -90.5}, None),
         ({"bits_per_dim": 4.25, "as_reported": 4.5}, None),
