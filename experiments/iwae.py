@@ -7,24 +7,23 @@ test images and the number of active units, for one and two stochastic layers an
     IWAE   the logarithm of the mean of k weights: a tighter bound (the VAE for k = 1)
     DReG   the same bound, with the doubly reparameterized gradient of Tucker et al. (2019)
 
-The protocol follows from the data. binarized_mnist is static: 50,000 training images, binarized
-once and for all. mnist is the paper's: 59,600 training images, binarized afresh in every minibatch
-and for the test; the other 400 choose the parameters. digits need no download, and are binarized
-afresh too. The paper's recipe is followed to the letter, but for that choice; "ours" is gated, in
-batches of 100, with a cosine schedule. Called again, the script goes on where it stopped.
+binarized_mnist is static: 50,000 training images, binarized once and for all. mnist is as in the
+paper: 59,600 training images, binarized afresh in every minibatch and for the test; so are digits,
+which need no download. The paper's recipe differs from its authors' code in that 400 images choose
+the parameters, minibatches are shuffled, active units are of test data (theirs: training data), and
+Adam is PyTorch's: epsilon comes after the correction of bias (theirs: before), beta1 is the paper's
+0.9 (theirs: 0.99). "ours" is gated. Called again, the script goes on where it stopped.
 
     python experiments/iwae.py --data mnist --root FOLDER --budget 60 --out runs/iwae_paper
     python experiments/iwae.py --data binarized_mnist --root FOLDER --recipe ours --layers 1
-
-Reported figures are those of Burda et al., and for DReG those of github.com/nbip/IWAE.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -36,24 +35,21 @@ from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 import pyro_vae as pv
 
-Pair = tuple["Generative", "Recognition"]
-
-# By layers and objective, then by k; nats.
-REPORTED: dict[str, dict[tuple[int, str], dict[int, float]]] = {
-    "binarized_mnist": {(1, "VAE"): {1: -88.71}, (1, "IWAE"): {1: -88.71, 5: -87.63, 50: -87.10}},
-    "mnist": {
-        (1, "VAE"): {1: -86.76, 5: -86.47, 50: -86.35},
-        (1, "IWAE"): {1: -86.76, 5: -85.54, 50: -84.78},
-        (1, "DReG"): {1: -86.08, 5: -84.90, 50: -84.32},
-        (2, "VAE"): {1: -85.33},
-        (2, "IWAE"): {1: -85.33, 5: -83.89, 50: -82.90},
-    },
+# Nats, by data, layers and objective, then by k; DReG as in github.com/nbip/IWAE.
+REPORTED: dict[tuple[str, int, str], dict[int, float]] = {
+    ("binarized_mnist", 1, "VAE"): {1: -88.71},
+    ("binarized_mnist", 1, "IWAE"): {1: -88.71, 5: -87.63, 50: -87.10},
+    ("mnist", 1, "VAE"): {1: -86.76, 5: -86.47, 50: -86.35},
+    ("mnist", 1, "IWAE"): {1: -86.76, 5: -85.54, 50: -84.78},
+    ("mnist", 1, "DReG"): {1: -86.08, 5: -84.90, 50: -84.32},
+    ("mnist", 2, "VAE"): {1: -85.33},
+    ("mnist", 2, "IWAE"): {1: -85.33, 5: -83.89, 50: -82.90},
 }
+KEPT = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
 OBJECTIVES: dict[str, Callable[[int], Any]] = {
     "VAE": lambda k: Trace_ELBO(num_particles=k, vectorize_particles=True),
     "IWAE": pv.ImportanceWeighted,
@@ -61,51 +57,61 @@ OBJECTIVES: dict[str, Callable[[int], Any]] = {
 }
 
 
-def stages(epochs: int) -> Callable[[int], float]:
+def stages(epoch: int, epochs: int) -> float:
     """The paper's schedule, 3^i epochs at 10^(-i/7) for i = 0..7, stretched to so many epochs."""
-
-    def factor(epoch: int) -> float:
-        # The first i stages take (3^i - 1) / 2 of the 3,280 epochs.
-        stage = min(int(math.log(2 * 3280 * epoch / epochs + 1, 3) + 1e-9), 7)
-        return round(10 ** (1 - stage / 7), 1) / 10
-
-    return factor
+    # The first i stages take (3^i - 1) / 2 of the 3,280 epochs.
+    stage = min(int(math.log(2 * 3280 * epoch / epochs + 1, 3) + 1e-9), 7)
+    return round(10 ** (1 - stage / 7), 1) / 10
 
 
-@dataclass(frozen=True)
-class Recipe:
+def tanh_mlp(in_dim: int, out: tuple[int, int], *, hidden_dims: Sequence[int]) -> nn.Module:
+    """Tanh layers as the authors start them: Glorot's uniform weights, biases 0."""
+    network = pv.networks.mlp(in_dim, out, hidden_dims=hidden_dims, activation=nn.Tanh)
+    *others, last, bias = network.parameters()
+    # Each parameter of a distribution has a last layer of its own there.
+    for start in (*others, bias, *last.data.chunk(out[0])):
+        _ = nn.init.zeros_(start) if start.dim() == 1 else nn.init.xavier_uniform_(start)
+    return network
+
+
+class Recipe(NamedTuple):
     """How the networks look and how they are trained."""
 
     network: Callable[..., nn.Module]
+    family: Callable[[Tensor], Any]  # of every normal
     hidden_dims: tuple[tuple[int, ...], ...]  # of each layer, from the data upwards
     epochs: int
     batch_size: int
     optimizer: Callable[..., torch.optim.Optimizer]
-    schedule: Callable[[int], Callable[[int], float]]
+    schedule: Callable[..., float]  # factor of the learning rate, by epoch and epochs
     warmup: float  # the part of the epochs after which the KL weight is 1
     words: str
 
 
 RECIPES = {
     "paper": Recipe(
-        network=partial(pv.networks.mlp, activation=nn.Tanh),
+        network=tanh_mlp,
+        family=partial(pv.families.normal, to_scale=torch.exp),
         hidden_dims=((200, 200), (100, 100)),
         epochs=3280,
         batch_size=20,
-        optimizer=partial(Adam, lr=1e-3, betas=(0.9, 0.999), eps=1e-4, fused=True),
+        optimizer=partial(torch.optim.Adam, lr=1e-3, eps=1e-4, fused=True),
         schedule=stages,
         warmup=0.0,
-        words="tanh layers; Adam, eps 1e-4, eight stages of learning rates from 1e-3 to 1e-4",
+        words="tanh layers, Glorot's uniform weights, biases 0, scales exp(.); Adam, eps 1e-4, "
+        "eight stages of learning rates from 1e-3 to 1e-4",
     ),
     "ours": Recipe(
         network=pv.networks.gated_mlp,
+        family=pv.families.normal,
         hidden_dims=((300, 300), (100, 100)),
         epochs=500,
         batch_size=100,
-        optimizer=partial(Adam, lr=1e-3, fused=True),
-        schedule=lambda epochs: lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2,
+        optimizer=partial(torch.optim.Adam, lr=1e-3, fused=True),
+        schedule=lambda epoch, epochs: (1 + math.cos(math.pi * epoch / epochs)) / 2,
         warmup=0.1,
-        words="gated layers; Adam, learning rate 1e-3, cosine schedule, a tenth of KL warm-up",
+        words="gated layers, PyTorch's initial weights, scales softplus(.); Adam, learning rate "
+        "1e-3, cosine schedule, a tenth of KL warm-up",
     ),
 }
 
@@ -144,33 +150,28 @@ class Recognition(PyroModule):
                 x = pyro.sample(f"z{level}", encoder(x))
 
 
-def build(mean: Tensor, latent_dims: Sequence[int], recipe: Recipe) -> Pair:
+def build(mean: Tensor, latent_dims: Sequence[int], recipe: Recipe) -> tuple[Any, Any]:
     """The pair, z_1 first; its decoder starts at the mean of the training data ``(D,)``."""
 
     def normal(here: int, there: int, hidden: tuple[int, ...]) -> pv.Conditional:
         network = recipe.network(here, (2, there), hidden_dims=hidden)
-        return pv.Conditional(network, pv.families.normal)
+        return pv.Conditional(network, recipe.family)
 
     steps = list(zip(pairwise([len(mean), *latent_dims]), recipe.hidden_dims, strict=False))
     upwards = [normal(low, high, hidden) for (low, high), hidden in steps]
     downwards = [normal(high, low, hidden) for (low, high), hidden in steps[:0:-1]]
     out = recipe.network(latent_dims[0], (1, len(mean)), hidden_dims=recipe.hidden_dims[0])
-    last = [module for module in out.modules() if isinstance(module, nn.Linear)][-1]
-    last.bias.data.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
-    likelihood = pv.Conditional(out, pv.families.bernoulli)
-    prior = pv.priors.StandardNormal(latent_dims[-1])
-    return Generative(prior, [*downwards, likelihood]), Recognition(upwards)
+    *_, bias = out.parameters()
+    bias.data.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
+    downwards.append(pv.Conditional(out, pv.families.bernoulli))
+    return Generative(pv.priors.StandardNormal(latent_dims[-1]), downwards), Recognition(upwards)
 
 
-def binarized(data: pv.Split, seed: int) -> pv.Split:
-    """The data as bits: as they are, or afresh; all but 400 of MNIST's images train."""
-    if data.num_levels is None:
-        return data
-    if data.name == "mnist":
-        both = torch.cat([data.train, data.valid])
-        parts = {"train": both[:-400], "valid": both[-400:], "source": None, "labels": None}
-        data = dataclasses.replace(data, **parts)
-    return data.binarize_dynamic(seed)
+def divided(data: pv.Split) -> pv.Split:
+    """The parts of the protocol: all but 400 of MNIST's images train."""
+    both = torch.cat([data.train, data.valid])
+    parts = {"train": both[:-400], "valid": both[-400:], "source": None, "labels": None}
+    return dataclasses.replace(data, **parts) if data.name == "mnist" else data
 
 
 class Variant(NamedTuple):
@@ -188,12 +189,6 @@ class Variant(NamedTuple):
         return f"{said}, {self.objective}, k = {self.k}" + f", seed {self.seed}" * (self.seed > 0)
 
 
-def variants(args: argparse.Namespace) -> list[Variant]:
-    """All trainings that are asked for; with one draw the IWAE is the VAE."""
-    every = [Variant(*v) for v in product(args.layers, args.objectives, args.ks, args.seeds)]
-    return [v for v in every if (v.objective, v.k) != ("IWAE", 1) or "VAE" not in args.objectives]
-
-
 def active_units(model: Generative, guide: Recognition, x: Tensor, seed: int) -> dict[str, int]:
     """How many units of each layer have a posterior mean whose variance over the data is > 0.01."""
     parts = pv.elbo_parts(model, guide, x, num_particles=10, seed=seed)
@@ -201,46 +196,49 @@ def active_units(model: Generative, guide: Recognition, x: Tensor, seed: int) ->
     return {layer: int((activity > 0.01).sum()) for layer, activity in layers}
 
 
-def measured(
-    variant: Variant, raw: pv.Split, args: argparse.Namespace, seconds: float
-) -> dict[str, Any]:
+def measured(variant: Variant, raw: pv.Split, args: Any, seconds: float) -> dict[str, Any]:
     """Train as far as the time goes, judge, and count active units: the figures of a row."""
     recipe: Recipe = args.recipe
-    data = binarized(raw, variant.seed)
+    data = raw if raw.num_levels is None else raw.binarize_dynamic(variant.seed)
     out = args.out / variant.name.replace(" = ", "").replace(", ", "_").replace(" ", "_")
     shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
     pair = build(data.train.mean(0), args.latent_dims[-variant.layers :], recipe)
-    history = pv.fit(
-        *pair,
-        data,
-        loss=OBJECTIVES[variant.objective](variant.k),
-        optimizer=lambda params: recipe.optimizer(params),
-        lr_schedule=lambda optimizer: LambdaLR(optimizer, recipe.schedule(args.epochs)),
-        kl_weight=pv.warmup(max(1, round(recipe.warmup * args.epochs))),
-        epochs=args.epochs,
-        batch_size=recipe.batch_size,
-        max_seconds=seconds,
-        out=out,
-        resume=(out / "config.json").is_file(),
-        pictures=False,
-        **shared,
-    )
+    facts = {"of_epochs": args.epochs, **variant._asdict()}
+    try:
+        history = pv.fit(
+            *pair,
+            data,
+            loss=OBJECTIVES[variant.objective](variant.k),
+            optimizer=recipe.optimizer,
+            lr_schedule=partial(LambdaLR, lr_lambda=partial(recipe.schedule, epochs=args.epochs)),
+            kl_weight=pv.warmup(max(1, round(recipe.warmup * args.epochs))),
+            epochs=args.epochs,
+            batch_size=recipe.batch_size,
+            max_seconds=seconds,
+            out=out,
+            resume=(out / "config.json").is_file(),
+            pictures=False,
+            **shared,
+        )
+    except pv.DivergedError as error:
+        print(error, flush=True)
+        epochs = len((out / "metrics.jsonl").read_text().splitlines())
+        return {"diverged": True, "finished": True, "epochs": epochs, **facts}
     of_pair: Any = {"model": pair[0], "guide": pair[1], "data": data}
     pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair, **shared)
     judged = json.loads((out / "evidence.json").read_text())
     few = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).round().long()
-    kept = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
-    reported = REPORTED.get(raw.name, {}).get((variant.layers, variant.objective), {})
+    reported = REPORTED.get((raw.name, variant.layers, variant.objective), {})
     return {
-        **{key: judged[key] for key in kept},
+        **{key: judged[key] for key in KEPT},
         "active_units": active_units(*pair, data.test[few], variant.seed),
         **({"as_reported": reported[variant.k]} if variant.k in reported else {}),
         "best_epoch": history.best_epoch,
         "epochs": len(history.records),
-        "of_epochs": args.epochs,
+        "finished": history.stopped != "time",
         "train_seconds": history["seconds"][-1],
-        **variant._asdict(),
+        **facts,
     }
 
 
@@ -252,7 +250,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for (top, bottom), depth in zip(panels.T, depths, strict=True):
         for i, objective in enumerate(OBJECTIVES):
             own = [r for r in rows if (r["layers"], r["objective"]) == (depth, objective)]
-            own.sort(key=lambda row: row["k"])
+            own = sorted((r for r in own if "active_units" in r), key=lambda row: row["k"])
             ks = [row["k"] for row in own]
             style: Any = {"color": f"C{i}", "label": objective, "alpha": 0.8}
             top.plot(ks, [row["log_evidence"] for row in own], "o-", **style)
@@ -270,11 +268,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows, beside what was reported."""
     lines = [f"{'nats per image':24}  ELBO     log p(x)         reported  active    epochs"]
     for row in rows:
-        units = " + ".join(map(str, row["active_units"].values()))
+        units = " + ".join(map(str, row.get("active_units", {}).values()))
         lines.append(
             f"{row['name']:24}{row['elbo']:8.2f}{row['log_evidence']:10.3f} +- "
-            f"{row['mean_standard_error']:.3f}{row.get('as_reported', ''):>9}  "
-            f"{units:8}  {row['epochs']} of {row['of_epochs']}"
+            f"{row['mean_standard_error']:.3f}{row.get('as_reported', ''):>9}  {units:8}  "
+            f"{row['epochs']} of {row['of_epochs']}" + ", diverged" * ("diverged" in row)
         )
     return "\n".join(lines)
 
@@ -289,7 +287,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/iwae"), help="goes on if there")
     parser.add_argument("--recipe", default="paper", choices=list(RECIPES))
     parser.add_argument("--epochs", type=int, help="by default the recipe's: 3280, ours 500")
-    parser.add_argument("--budget", type=float, help="minutes of training in this call, shared")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 50], help="numbers of draws")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
@@ -298,27 +296,24 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: few data, tiny networks")
     args = parser.parse_args()
+    if min(args.ks) < 1 or args.num_particles < 2 or not args.budget > 0:
+        parser.error("expected --ks of at least 1, --num-particles of at least 2, --budget above 0")
 
     recipe_name, args.recipe, args.latent_dims = args.recipe, RECIPES[args.recipe], [100, 50]
+    data = divided(pv.load_data(args.data, root=args.root))
     if args.smoke:
-        args.recipe = dataclasses.replace(args.recipe, hidden_dims=((8,), (8,)), batch_size=50)
+        args.recipe = args.recipe._replace(hidden_dims=((8,), (8,)), batch_size=50)
         args.latent_dims, args.ks, args.epochs, args.num_particles = [3, 2], [1, 3], 2, 20
-    args.epochs = args.epochs or args.recipe.epochs
-
-    data = pv.load_data(args.data, root=args.root)
-    if args.smoke:
         parts = {part: getattr(data, part)[:500] for part in ("train", "valid", "test")}
         data = dataclasses.replace(data, source=None, labels=None, **parts)
-    prepared = binarized(data, 0)
+    args.epochs = args.recipe.epochs if args.epochs is None else args.epochs
     dynamic = "afresh in every minibatch; validation and test data once, under each seed"
     results = pv.Results(
         args.out / "results.json",
         title=f"Importance weighted autoencoders: {data.name}",
         protocol={
             "data": data.summary(),
-            "training images": len(prepared.train),
-            "test images": len(data.test),
-            "binarization": "static" if prepared is data else dynamic,
+            "binarization": "static" if data.num_levels is None else dynamic,
             "model": f"{args.latent_dims[-1]} latents in one layer, {args.latent_dims} in two, "
             f"hidden layers {args.recipe.hidden_dims} from the data up; N(0, I) at the top, "
             "diagonal normals, Bernoulli likelihood that starts at the mean of the training data",
@@ -330,16 +325,21 @@ def main() -> None:
         },
         device=args.device,
     )
-    trained = {row["name"]: (row["epochs"], row["train_seconds"]) for row in results.rows}
-    left = [v for v in variants(args) if trained.get(v.name, (0, 0.0))[0] < args.epochs]
-    seconds = 60 * (args.budget or math.inf)
+    finished = {row["name"] for row in results.rows if row["finished"]}
+    every = [Variant(*v) for v in product(args.layers, args.objectives, args.ks, args.seeds)]
+    if "VAE" in args.objectives:  # the IWAE of one draw
+        every = [variant for variant in every if (variant.objective, variant.k) != ("IWAE", 1)]
+    left = [variant for variant in every if variant.name not in finished]
+    end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
         print(f"{variant.name}...", flush=True)
-        row = measured(variant, data, args, max(1.0, seconds / (len(left) - done)))
-        results.put(variant.name, **row)
-        seconds -= row["train_seconds"] - trained.get(variant.name, (0, 0.0))[1]
-    picture(results.rows, args.out / "iwae.png")
-    print(table(results.rows))
+        seconds = (end - time.monotonic()) / (len(left) - done)
+        results.put(variant.name, **measured(variant, data, args, max(1.0, seconds)))
+    # What diverged has no figures, nor has what leaves a datum without any weight.
+    rows = [{k: v for k, v in row.items() if v is not None} for row in results.rows]
+    rows = [dict.fromkeys(KEPT, math.nan) | row for row in rows]
+    picture(rows, args.out / "iwae.png")
+    print(table(rows))
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'iwae.png'}")
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import runpy
-from itertools import accumulate, groupby
+from itertools import accumulate, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ SCRIPT = runpy.run_path(str(PATH))
 
 
 def test_the_schedule_has_eight_stages_of_three_to_the_i_epochs():
-    factor = SCRIPT["stages"](3280)
-    stages = [(rate, len(list(epochs))) for rate, epochs in groupby(map(factor, range(3280)))]
+    rates = [SCRIPT["stages"](epoch, 3280) for epoch in range(3280)]
+    stages = [(rate, len(list(epochs))) for rate, epochs in groupby(rates)]
     assert [length for _, length in stages] == [3**i for i in range(8)]
     # 1e-4 round(10^(1 - i / 7), 1) for a first rate of 1e-3.
     expected = [1.0, 0.72, 0.52, 0.37, 0.27, 0.19, 0.14, 0.1]
     assert [rate for rate, _ in stages] == pytest.approx(expected)
-    short = SCRIPT["stages"](328)
     ends = [0, *accumulate(3**i for i in range(8))]
-    assert all(short(epoch) == factor(10 * epoch) for epoch in range(328))
-    assert short(ends[-1]) == factor(3279)
+    assert [SCRIPT["stages"](epoch, 328) for epoch in range(328)] == rates[::10]
+    assert SCRIPT["stages"](ends[-1], 328) == rates[-1]
 
 
 @pytest.mark.parametrize("dims", [(2,), (3, 2)], ids=["one", "two"])
@@ -64,20 +63,33 @@ def test_a_decoder_that_ignores_its_latents_starts_at_the_mean_of_the_data(recip
     assert shapes == [(6,), (5,)]
 
 
+def test_the_paper_s_networks_start_as_glorot_s_do_with_scales_of_one():
+    """Each parameter of a normal is the output of a layer of its own, and exp(0) = 1."""
+    _, guide = SCRIPT["build"](torch.full((300,), 0.5), [50], SCRIPT["RECIPES"]["paper"])
+    first, second, last = (m for m in guide.modules() if isinstance(m, nn.Linear))
+    own = (first.weight, second.weight, *last.weight.chunk(2))
+    for weight, fans in zip(own, (300 + 200, 200 + 200, 200 + 50, 200 + 50), strict=True):
+        bound = (6 / fans) ** 0.5
+        assert bound * 0.99 < weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert all(not layer.bias.any() for layer in (first, second, last))
+    nn.init.zeros_(last.weight)
+    scale = pv.encode(guide, torch.rand(3, 300).round()).base_dist.scale
+    torch.testing.assert_close(scale, torch.ones(3, 50))
+
+
 def test_the_dynamic_protocol_keeps_400_images_and_draws_each_test_afresh():
     raw = pv.load_data(torch.randint(0, 256, (1000, 4)), valid_fraction=0.45, test_fraction=0.1)
     mnist = dataclasses.replace(raw, name="mnist")
-    drawn = SCRIPT["binarized"](mnist, 0)
-    assert (len(drawn.train), len(drawn.valid)) == (500, 400)
+    divided = SCRIPT["divided"](mnist)
+    assert "500 training, 400 validation and 100 test" in divided.summary()
+    drawn = divided.binarize_dynamic(0)
     both = torch.cat([raw.train, raw.valid])
     assert torch.equal(drawn.train, both[:500] / 255)  # intensities, drawn from in every minibatch
     assert drawn.refresh is not None
     assert not torch.equal(drawn.refresh(drawn.train), drawn.refresh(drawn.train))
-    other = SCRIPT["binarized"](mnist, 1)
-    assert not torch.equal(drawn.test, other.test)
-    assert drawn.test.mean().item() == pytest.approx(raw.test.mean().item() / 255, abs=0.1)
-    bits = raw.binarize()
-    assert SCRIPT["binarized"](bits, 0) is bits
+    assert torch.equal(divided.valid, both[500:])
+    assert SCRIPT["divided"](raw) is raw
 
 
 def test_active_units_are_those_whose_means_the_data_move():
@@ -97,25 +109,101 @@ def test_active_units_are_those_whose_means_the_data_move():
     assert SCRIPT["active_units"](model, guide, x, 0) == {"z1": 2, "z2": 1}
 
 
-def run(monkeypatch: Any, *args: str) -> None:
+ONLY = ["--layers", "2", "--objectives", "IWAE", "--out"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
     runpy.run_path(str(PATH), run_name="__main__")
 
 
-def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
-    out = ["--out", str(tmp_path), "--layers", "2", "--objectives", "IWAE"]
-    run(monkeypatch, *out)
-    figures = json.loads((tmp_path / "results.json").read_text())
-    names = ["2 layers, IWAE, k = 1", "2 layers, IWAE, k = 3"]
-    assert [row["name"] for row in figures["rows"]] == names
-    for row in figures["rows"]:
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """All but the time."""
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a call that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *ONLY, str(out))
+    return out
+
+
+def test_the_table_is_made_once_and_gone_on_with(whole, monkeypatch, tmp_path, capsys):
+    rows = rows_of(whole)
+    assert [row["name"] for row in rows] == ["2 layers, IWAE, k = 1", "2 layers, IWAE, k = 3"]
+    for row in rows:
         assert row["log_evidence"] >= row["elbo"]
         assert (row["epochs"], row["of_epochs"], len(row["active_units"])) == (2, 2, 2)
-    assert (tmp_path / "iwae.png").stat().st_size > 1000
-    assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
+    assert (whole / "iwae.png").stat().st_size > 1000
     monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
-    run(monkeypatch, *out)
+    run(monkeypatch, *ONLY, str(whole))
+    assert f"{rows[1]['log_evidence']:.3f}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another protocol: recipe"):
-        run(monkeypatch, *out, "--recipe", "ours")
+        run(monkeypatch, *ONLY, str(whole), "--recipe", "ours")
     with pytest.raises(SystemExit, match="root"):
         run(monkeypatch, "--data", "binarized_mnist", "--root", str(tmp_path))
+    # A datum without any weight has an evidence of minus infinity, which JSON calls null.
+    figures = json.loads((whole / "results.json").read_text())
+    figures["rows"][0] |= {"log_evidence": None, "mean_standard_error": None, "elbo": None}
+    (tmp_path / "results.json").write_text(json.dumps(figures))
+    run(monkeypatch, *ONLY, str(tmp_path))
+    assert "nan +- nan" in capsys.readouterr().out
+
+
+def test_a_budget_cuts_a_training_that_goes_on_at_the_next_call(whole, monkeypatch, tmp_path):
+    # A share is a second at least: this clock says that it is over after every epoch.
+    clock = count(0, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: float(next(clock)))
+        run(patch, *ONLY, str(tmp_path), "--budget", "1e-6")
+    assert [(row["epochs"], row["finished"]) for row in rows_of(tmp_path)] == [(1, False)] * 2
+    run(monkeypatch, *ONLY, str(tmp_path))
+    assert rows_of(tmp_path) == rows_of(whole)
+    assert all(row["finished"] for row in rows_of(tmp_path))
+
+
+def test_those_that_diverge_stop_no_other_and_cost_their_time(monkeypatch, tmp_path, capsys):
+    """A budget of 6 minutes, and a clock that trainings and judging move by one each."""
+    fit, judge, now, shares = pv.fit, pv.evaluate_run, [0.0], []
+
+    def trained(*pair: Any, loss: Any, max_seconds: float, **options: Any) -> pv.History:
+        shares.append(max_seconds)
+        now[0] += 60.0
+        if isinstance(loss, pv.DReG):
+            return fit(*pair, loss=loss, **options)
+        fit(*pair, loss=loss, **options | {"epochs": 1})
+        raise pv.DivergedError("the loss turned NaN")
+
+    def judged(*args: Any, **options: Any) -> pv.Evaluation:
+        now[0] += 60.0
+        return judge(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now[0])
+        patch.setattr("pyro_vae.fit", trained)
+        patch.setattr("pyro_vae.evaluate_run", judged)
+        out = ["--layers", "1", "--objectives", "DReG", "VAE", "--out", str(tmp_path)]
+        run(patch, *out, "--budget", "6")
+    assert shares == pytest.approx([360 / 4, 240 / 3, 120 / 2, 60])
+    *good, broken, _ = rows_of(tmp_path)
+    assert all(row["log_evidence"] < 0 for row in good)
+    assert (broken["diverged"], broken["epochs"], broken["of_epochs"]) == (True, 1, 2)
+    assert "the loss turned NaN" in (said := capsys.readouterr().out)
+    assert "1 of 2, diverged" in said
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
+    run(monkeypatch, *out)
+
+
+@pytest.mark.parametrize("mistake", [("--num-particles", "1"), ("--ks", "1", "0")])
+@pytest.mark.parametrize("budget", ["0", "nan"])
+def test_mistakes_are_said_in_a_line(mistake, budget, monkeypatch, tmp_path, capsys):
+    for args in (mistake, ("--budget", budget)):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "--out", str(tmp_path / "none"), *args)
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("iwae.py: error: expected --ks of at least 1")
+    assert not (tmp_path / "none").exists()
