@@ -102,6 +102,39 @@ def test_levels_keep_the_smallest_scale_of_the_paper():
     assert mass == pytest.approx(1 / (1 + math.exp(-math.exp(4.5) / 255)) - 0.5, rel=1e-4)
 
 
+def moved(data: pv.Split) -> float:
+    """How far pseudo-inputs come in some steps of Adam, as a part of the range of the data."""
+    torch.manual_seed(0)
+    model, guide = SCRIPT["build"](1, SCRIPT["PRIORS"]["VampPrior"], data, SIZES)
+    before = model.prior.pseudo_inputs.detach()
+    assert torch.equal(before, data.train[:6])
+    svi = pv.SVI(model, guide, lambda p: torch.optim.Adam(p, lr=0.01), compile=False)
+    for _ in range(10):
+        svi.step(data.train)
+    after = model.prior.pseudo_inputs.detach()
+    return ((after - before).abs().mean() / data.train.max()).item()
+
+
+def test_pseudo_inputs_of_levels_are_learned_as_fast_as_those_of_bits():
+    bits = torch.rand(100, 16).round()
+    on_bits = moved(pv.load_data(bits))
+    assert on_bits > 0.005  # of ten steps of 0.01; what moves beyond 0 and 1 is kept within
+    levels = pv.load_data((255 * bits).to(torch.uint8))
+    assert levels.num_levels == 256
+    assert 1 / 4 < moved(levels) / on_bits < 4
+
+
+def test_what_was_published_is_held_against_weighting_alone():
+    row = {"name": "2 layers, VampPrior", "elbo": -1.0, "mean_standard_error": 0.1, "epochs": 2}
+    row |= {"log_evidence": -80.0, "weighted": -90.0, "of_epochs": 2, "as_reported": -83.19}
+    figure_of = SCRIPT["figure_of"]
+    assert (figure_of(row, weighted=True), figure_of(row, weighted=False)) == (-90.0, -80.0)
+    levels = row | {"bits_per_dim": 4.0, "weighted_bits_per_dim": 4.5}
+    assert (figure_of(levels, weighted=True), figure_of(levels, weighted=False)) == (4.5, 4.0)
+    assert figure_of({"log_evidence": -80.0}, weighted=True) == -80.0
+    assert "-90.000    -83.19" in SCRIPT["table"]([row])
+
+
 def run(monkeypatch: Any, *args: str) -> None:
     monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
     runpy.run_path(str(PATH), run_name="__main__")
@@ -109,18 +142,56 @@ def run(monkeypatch: Any, *args: str) -> None:
 
 def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     out = ["--out", str(tmp_path), "--layers", "2", "--priors", "mixture", "VampPrior"]
+    out += ["--anneal", "0.1"]
     run(monkeypatch, *out)
     figures = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["2 layers, mixture", "2 layers, VampPrior"]
     for row in figures["rows"]:
         assert row["log_evidence"] >= row["elbo"]
-        assert row["bits_per_dim"] == pytest.approx(-row["log_evidence"] / (64 * math.log(2)))
+        for bits, nats in (("bits_per_dim", "log_evidence"), ("weighted_bits_per_dim", "weighted")):
+            assert row[bits] == pytest.approx(-row[nats] / (64 * math.log(2)))
         assert row["epochs"] == 2
+    assert "start at the first training data" in figures["protocol"]["model"]
     assert (tmp_path / "vampprior.png").stat().st_size > 1000
-    assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
     monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
     run(monkeypatch, *out)
+    assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another protocol"):
         run(monkeypatch, *out, "--recipe", "ours")
     with pytest.raises(SystemExit, match="frey_rawface"):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
+
+
+def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_path, capsys):
+    """A budget of 3 minutes, of which the one that diverges takes one."""
+    fit, now, shares = pv.fit, [0.0], []
+
+    def trained(*pair: Any, max_seconds: float, **options: Any) -> pv.History:
+        shares.append(max_seconds)
+        if len(shares) > 1:
+            return fit(*pair, **options)
+        now[0] += 60.0
+        fit(*pair, **options | {"epochs": 1})
+        raise pv.DivergedError("the loss turned NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now[0])
+        patch.setattr("pyro_vae.fit", trained)
+        out = ["--out", str(tmp_path), "--layers", "1", "--priors", "N(0, I)", "mixture"]
+        run(patch, *out, "--budget", "3")
+    assert shares == pytest.approx([90, 120])
+    broken, good = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (broken["diverged"], broken["epochs"], broken["of_epochs"]) == (True, 1, 2)
+    assert good["log_evidence"] < 0
+    assert "1 of 2, diverged" in capsys.readouterr().out
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
+    run(monkeypatch, *out)
+
+
+@pytest.mark.parametrize("mistake", [("--num-particles", "1"), ("--budget", "0")])
+def test_mistakes_are_said_in_a_line(mistake, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--out", str(tmp_path / "none"), *mistake)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("vampprior.py: error: expected --num-particles from 2")
+    assert not (tmp_path / "none").exists()
