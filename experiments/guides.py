@@ -12,13 +12,17 @@ data costs against a diagonal normal of each datum's own.
 import argparse
 import json
 import math
+import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyro.distributions import transforms
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
 
@@ -61,6 +65,54 @@ def swaps(
     }
 
 
+def trained(
+    pairs: dict[str, Callable[[], tuple[pv.Model, pv.Guide]]],
+    data: pv.Split,
+    results: pv.Results,
+    args: argparse.Namespace,
+) -> dict[str, Path]:
+    """Train and judge what is not finished, in equal parts of the time; where their runs lie."""
+    diverged = json.loads(results.path.read_text()).get("diverged", {})
+    finished = {row["name"] for row in results.rows if row["epochs"] >= row["of_epochs"]}
+    folders = {name: args.out / re.sub(r"[\W_]+", "-", name.lower()).strip("-") for name in pairs}
+    left = [name for name in pairs if name not in finished | diverged.keys()]
+    shared: Any = {"seed": args.seed, "device": args.device}
+    end = time.monotonic() + 60 * args.budget  # judging counts too
+    for done, name in enumerate(left):
+        out = folders[name]
+        torch.manual_seed(args.seed)
+        model, guide = pairs[name]()
+        try:
+            pv.fit(
+                model,
+                guide,
+                data,
+                loss=pv.Stratified() if name == "mixture" else None,
+                optimizer=lambda params: torch.optim.Adam(
+                    params, lr=args.learning_rate, fused=True
+                ),
+                lr_schedule=partial(CosineAnnealingLR, T_max=args.epochs),
+                kl_weight=pv.warmup(args.warmup),
+                epochs=args.epochs,
+                batch_size=args.batch_size,
+                max_seconds=max(1.0, (end - time.monotonic()) / (len(left) - done)),
+                out=out,
+                resume=(out / "config.json").is_file(),
+                **shared,
+            )
+        except pv.DivergedError as error:
+            if name == next(iter(pairs)):  # what all others are held against
+                raise
+            print(f"{name}: {error}", flush=True)
+            epochs = len((out / "metrics.jsonl").read_text().splitlines())
+            diverged[name] = {"epochs": epochs, "of_epochs": args.epochs}
+            results.note(diverged=diverged)
+            continue
+        of_pair: Any = {"model": model, "guide": guide, "data": data, **shared}
+        pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair)
+    return {name: folders[name] for name in pairs if name not in diverged}
+
+
 def main() -> None:
     """Train, judge, refine and compare."""
     parser = argparse.ArgumentParser(
@@ -85,10 +137,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
     args = parser.parse_args()
+    if min(args.num_particles, args.refined) < 2 or not args.budget > 0:
+        parser.error("expected --num-particles and --refined from 2, --budget above 0")
+    if args.only and len(set(args.only)) < 2:
+        parser.error(f"--only: expected two guides or more, got {args.only}")
     if args.smoke:
         args.epochs, args.num_particles, args.refined, args.steps = 2, 20, 10, 5
         args.hidden_dims, args.latent_dim = [16], 4
-    warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
+    args.warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
 
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
@@ -98,64 +154,61 @@ def main() -> None:
         if unknown := [name for name in args.only if name not in pairs]:
             parser.error(f"--only: there is no {unknown[0]!r}; choose from {', '.join(pairs)}")
         pairs = {name: pairs[name] for name in args.only}
-    found = pv.compare_swaps(
-        pairs,
-        data,
-        out=args.out,
-        num_particles=args.num_particles,
-        losses={"mixture": pv.Stratified()},
-        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
-        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=args.epochs
-        ),
-        kl_weight=pv.warmup(warmup),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        max_seconds=60 * args.budget / len(pairs),
-        seed=args.seed,
-        device=args.device,
-    )
-    results = {
-        "title": f"Guides: {data.name}",
-        "protocol": {
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"Guides: {data.name}",
+        protocol={
             "data": data.summary(),
             "model": f"N(0, I) prior in {args.latent_dim} dimensions, gated layers "
             f"{args.hidden_dims} on each side, Bernoulli likelihood; five columns of low rank, "
             f"{args.num_components} normals in the mixture, two transforms in the IAF",
             "training": f"Monte Carlo ELBO of one particle (one a component for the mixture), "
             f"{args.epochs} epochs, batch {args.batch_size}, Adam, learning rate "
-            f"{args.learning_rate} with cosine schedule, KL weight warmed up over {warmup} epochs, "
-            f"parameters of the best validation bound, seed {args.seed}",
+            f"{args.learning_rate} with cosine schedule, KL weight warmed up over {args.warmup} "
+            f"epochs, parameters of the best validation bound, seed {args.seed}",
             "evaluation": f"importance weighting with each guide, {args.num_particles} particles, "
             f"all {len(data.test)} test data",
+            "baseline": next(iter(pairs)),
         },
-        **json.loads((args.out / "comparison.json").read_text()),
-        "as_reported": REPORTED.get(args.data, {}),
-        "amortization": refinement(args, data, next(iter(pairs))),
-    }
-    (args.out / "comparison.png").replace(args.out / "guides.png")
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(found)
-    cost = results["amortization"]
-    print(
-        f"{cost['name']}, {cost['num_data']} test data: gap {cost['gap']:.2f} nats, of which "
-        f"{cost['amortization']:.2f} +- {cost['amortization_error']:.2f} amortization"
+        device=args.device,
     )
+    found = pv.compare_runs(trained(pairs, data, results, args), out=args.out)
+    quantity = json.loads((args.out / "comparison.json").read_text())["quantity"]
+    results.note(quantity=quantity, baseline=found.rows[0]["name"])
+    for row in found.rows:
+        results.put(row["name"], **{key: of for key, of in row.items() if key != "name"})
+    (args.out / "comparison.png").replace(args.out / "guides.png")
+    results.note(as_reported=REPORTED.get(args.data, {}))
+    print(found)
+    if found.rows[0]["name"] == "diagonal":
+        cost = amortization(args, data, args.out / "diagonal")
+        results.note(amortization=cost)
+        print(
+            f"{cost['name']}, {cost['num_data']} test data: gap {cost['gap']:.2f} nats, of which "
+            f"{cost['amortization']:.2f} +- {cost['amortization_error']:.2f} amortization"
+        )
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'guides.png'}")
 
 
-def refinement(args: argparse.Namespace, data: pv.Split, name: str) -> dict[str, float | str]:
+def amortization(args: argparse.Namespace, data: pv.Split, run: Path) -> dict[str, Any]:
     """How much of the baseline's gap a diagonal normal of each datum's own closes."""
-    model, guide = pv.load(args.out / name.lower().replace(" ", "-"))
+    pair = pv.load(run)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    for program in pair:
+        program.to(best if args.device == "auto" else args.device)
     rows = torch.linspace(0, len(data.test) - 1, min(args.refined, len(data.test))).long()
-    x = data.test[rows]
-    before = pv.log_evidence(model, guide, x, num_particles=args.num_particles)
-    refined = pv.refine(model, guide, x, steps=args.steps)
-    after = pv.log_evidence(*refined, num_particles=args.num_particles)
+    found = refinement(*pair, data.test[rows], args)
+    return {"name": run.name, "num_data": len(rows), "steps": args.steps, **found}
+
+
+def refinement(model: Any, guide: Any, x: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """The guide's gap log p(x) - ELBO, and by how much refining each datum's closes it, in nats."""
+    shared: Any = {"num_particles": args.num_particles, "seed": args.seed}
+    before = pv.log_evidence(model, guide, x, **shared)
+    refined = pv.refine(model, guide, x, steps=args.steps, seed=args.seed)
+    after = pv.log_evidence(*refined, **shared)
     gain = after.elbo - before.elbo
     return {
-        "name": name,
-        "num_data": len(x),
         "gap": after.mean - before.elbo.mean().item(),
         "amortization": gain.mean().item(),
         "amortization_error": gain.std().item() / len(gain) ** 0.5,
@@ -165,5 +218,5 @@ def refinement(args: argparse.Namespace, data: pv.Split, name: str) -> dict[str,
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pv.DivergedError) as error:
         raise SystemExit(f"guides.py: {error}") from None

@@ -15,6 +15,7 @@ Importance weighting finds too little where levels pin the latents down (look at
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
 
@@ -58,6 +60,53 @@ def swaps(
     return found
 
 
+def trained(
+    pairs: dict[str, Callable[[], tuple[pv.Model, pv.Guide]]],
+    data: pv.Split,
+    results: pv.Results,
+    args: argparse.Namespace,
+) -> dict[str, Path]:
+    """Train and judge what is not finished, in equal parts of the time; where their runs lie."""
+    diverged = json.loads(results.path.read_text()).get("diverged", {})
+    finished = {row["name"] for row in results.rows if row["epochs"] >= row["of_epochs"]}
+    folders = {name: args.out / re.sub(r"[\W_]+", "-", name.lower()).strip("-") for name in pairs}
+    left = [name for name in pairs if name not in finished | diverged.keys()]
+    shared: Any = {"seed": args.seed, "device": args.device}
+    end = time.monotonic() + 60 * args.budget  # judging counts too
+    for done, name in enumerate(left):
+        out = folders[name]
+        torch.manual_seed(args.seed)
+        model, guide = pairs[name]()
+        try:
+            pv.fit(
+                model,
+                guide,
+                data,
+                optimizer=lambda params: torch.optim.Adam(
+                    params, lr=args.learning_rate, fused=True
+                ),
+                lr_schedule=partial(CosineAnnealingLR, T_max=args.epochs),
+                kl_weight=pv.warmup(args.warmup),
+                epochs=args.epochs,
+                batch_size=args.batch_size,
+                max_seconds=max(1.0, (end - time.monotonic()) / (len(left) - done)),
+                out=out,
+                resume=(out / "config.json").is_file(),
+                **shared,
+            )
+        except pv.DivergedError as error:
+            if name == next(iter(pairs)):  # what all others are held against
+                raise
+            print(f"{name}: {error}", flush=True)
+            epochs = len((out / "metrics.jsonl").read_text().splitlines())
+            diverged[name] = {"epochs": epochs, "of_epochs": args.epochs}
+            results.note(diverged=diverged)
+            continue
+        of_pair: Any = {"model": model, "guide": guide, "data": data, **shared}
+        pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair)
+    return {name: folders[name] for name in pairs if name not in diverged}
+
+
 def main() -> None:
     """Train, judge and compare."""
     parser = argparse.ArgumentParser(
@@ -84,10 +133,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
     args = parser.parse_args()
+    if min(args.num_particles, args.annealed) < 2 or not args.budget > 0:
+        parser.error("expected --num-particles and --annealed from 2, --budget above 0")
+    if args.only and len(set(args.only)) < 2:
+        parser.error(f"--only: expected two likelihoods or more, got {args.only}")
     if args.smoke:
         args.epochs, args.num_particles = 2, 20
         args.hidden_dims, args.latent_dim = [16], 4
-    warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
+    args.warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
 
     data = pv.load_data(args.data, root=args.root)
     if data.num_levels is None:
@@ -98,55 +151,51 @@ def main() -> None:
         if unknown := [name for name in args.only if name not in pairs]:
             parser.error(f"--only: there is no {unknown[0]!r}; choose from {', '.join(pairs)}")
         pairs = {name: pairs[name] for name in args.only}
-    found = pv.compare_swaps(
-        pairs,
-        data,
-        out=args.out,
-        num_particles=args.num_particles,
-        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
-        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=args.epochs
-        ),
-        kl_weight=pv.warmup(warmup),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        max_seconds=60 * args.budget / len(pairs),
-        seed=args.seed,
-        device=args.device,
-    )
-    results = {
-        "title": f"Likelihoods: {data.name}",
-        "protocol": {
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"Likelihoods: {data.name}",
+        protocol={
             "data": data.summary(),
             "model": f"N(0, I) prior in {args.latent_dim} dimensions, gated layers "
             f"{args.hidden_dims} on each side, diagonal normal guide; {args.num_components} "
             "logistics in the mixture",
             "training": f"Monte Carlo ELBO, one particle, {args.epochs} epochs, batch "
             f"{args.batch_size}, Adam, learning rate {args.learning_rate} with cosine schedule, KL "
-            f"weight warmed up over {warmup} epochs, parameters of the best validation bound, seed "
-            f"{args.seed}",
+            f"weight warmed up over {args.warmup} epochs, parameters of the best validation bound, "
+            f"seed {args.seed}",
             "evaluation": f"importance weighting with the guide, {args.num_particles} particles, "
             f"all {len(data.test)} test data",
+            "annealing": f"{args.anneal} temperatures, {args.num_chains} chains, "
+            f"{args.leapfrog_steps} leapfrog steps, {args.annealed} test data"
+            if args.anneal
+            else "none",
+            "baseline": next(iter(pairs)),
         },
-        **json.loads((args.out / "comparison.json").read_text()),
-    }
+        device=args.device,
+    )
+    found = pv.compare_runs(trained(pairs, data, results, args), out=args.out)
+    quantity = json.loads((args.out / "comparison.json").read_text())["quantity"]
+    results.note(quantity=quantity, baseline=found.rows[0]["name"])
+    for row in found.rows:
+        results.put(row["name"], **{key: of for key, of in row.items() if key != "name"})
+    (args.out / "comparison.png").replace(args.out / "likelihoods.png")
     print(found)
     if args.anneal:
-        best = max(results["rows"], key=lambda row: row["log_evidence"])["name"]
-        results["annealed"] = annealing(args, data, best)
+        best = max(found.rows, key=lambda row: row["log_evidence"])["name"]
+        annealed = annealing(args, data, best)
+        results.note(annealed=annealed)
         print(
-            "annealed: {name}, {log_evidence:.2f} nats, {bits_per_dim:.4f} bits".format(
-                **results["annealed"]
-            )
+            "annealed: {name}, {log_evidence:.2f} nats, {bits_per_dim:.4f} bits".format(**annealed)
         )
-    (args.out / "comparison.png").replace(args.out / "likelihoods.png")
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'likelihoods.png'}")
 
 
 def annealing(args: argparse.Namespace, data: pv.Split, name: str) -> dict[str, Any]:
     """What annealing finds beyond importance weighting."""
     model, guide = pv.load(args.out / name.lower().replace(" ", "-"))
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    for program in (model, guide):
+        program.to(best if args.device == "auto" else args.device)
     rows = torch.linspace(0, len(data.test) - 1, min(args.annealed, len(data.test))).round().long()
     x = data.test[rows]
     weighted = pv.log_evidence(model, guide, x, num_particles=args.num_particles, seed=args.seed)
@@ -181,5 +230,5 @@ def annealing(args: argparse.Namespace, data: pv.Split, name: str) -> dict[str, 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pv.DivergedError) as error:
         raise SystemExit(f"likelihoods.py: {error}") from None

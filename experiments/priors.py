@@ -11,6 +11,8 @@ puts the data, which a fixed N(0, I) can't.
 import argparse
 import json
 import math
+import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import transforms
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
 
@@ -53,6 +56,53 @@ def swaps(
     }
 
 
+def trained(
+    pairs: dict[str, Callable[[], tuple[pv.Model, pv.Guide]]],
+    data: pv.Split,
+    results: pv.Results,
+    args: argparse.Namespace,
+) -> dict[str, Path]:
+    """Train and judge what is not finished, in equal parts of the time; where their runs lie."""
+    diverged = json.loads(results.path.read_text()).get("diverged", {})
+    finished = {row["name"] for row in results.rows if row["epochs"] >= row["of_epochs"]}
+    folders = {name: args.out / re.sub(r"[\W_]+", "-", name.lower()).strip("-") for name in pairs}
+    left = [name for name in pairs if name not in finished | diverged.keys()]
+    shared: Any = {"seed": args.seed, "device": args.device}
+    end = time.monotonic() + 60 * args.budget  # judging counts too
+    for done, name in enumerate(left):
+        out = folders[name]
+        torch.manual_seed(args.seed)
+        model, guide = pairs[name]()
+        try:
+            pv.fit(
+                model,
+                guide,
+                data,
+                optimizer=lambda params: torch.optim.Adam(
+                    params, lr=args.learning_rate, fused=True
+                ),
+                lr_schedule=partial(CosineAnnealingLR, T_max=args.epochs),
+                kl_weight=pv.warmup(args.warmup),
+                epochs=args.epochs,
+                batch_size=args.batch_size,
+                max_seconds=max(1.0, (end - time.monotonic()) / (len(left) - done)),
+                out=out,
+                resume=(out / "config.json").is_file(),
+                **shared,
+            )
+        except pv.DivergedError as error:
+            if name == next(iter(pairs)):  # what all others are held against
+                raise
+            print(f"{name}: {error}", flush=True)
+            epochs = len((out / "metrics.jsonl").read_text().splitlines())
+            diverged[name] = {"epochs": epochs, "of_epochs": args.epochs}
+            results.note(diverged=diverged)
+            continue
+        of_pair: Any = {"model": model, "guide": guide, "data": data, **shared}
+        pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair)
+    return {name: folders[name] for name in pairs if name not in diverged}
+
+
 def main() -> None:
     """Train, judge and compare."""
     parser = argparse.ArgumentParser(
@@ -75,10 +125,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: two epochs, tiny networks")
     args = parser.parse_args()
+    if args.num_particles < 2 or not args.budget > 0:
+        parser.error("expected --num-particles from 2, --budget above 0")
+    if args.only and len(set(args.only)) < 2:
+        parser.error(f"--only: expected two priors or more, got {args.only}")
     if args.smoke:
         args.epochs, args.num_particles, args.num_components = 2, 20, 30
         args.hidden_dims, args.latent_dim = [16], 4
-    warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
+    args.warmup = max(1, args.epochs // 5) if args.warmup is None else args.warmup
 
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
@@ -88,40 +142,30 @@ def main() -> None:
         if unknown := [name for name in args.only if name not in pairs]:
             parser.error(f"--only: there is no {unknown[0]!r}; choose from {', '.join(pairs)}")
         pairs = {name: pairs[name] for name in args.only}
-    found = pv.compare_swaps(
-        pairs,
-        data,
-        out=args.out,
-        num_particles=args.num_particles,
-        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
-        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=args.epochs
-        ),
-        kl_weight=pv.warmup(warmup),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        max_seconds=60 * args.budget / len(pairs),
-        seed=args.seed,
-        device=args.device,
-    )
-    results = {
-        "title": f"Priors: {data.name}",
-        "protocol": {
+    results = pv.Results(
+        args.out / "results.json",
+        title=f"Priors: {data.name}",
+        protocol={
             "data": data.summary(),
             "model": f"{args.latent_dim} latents, gated layers {args.hidden_dims} on each side, "
             f"Bernoulli likelihood, diagonal normal guide; {args.num_components} members of the "
             "mixture and pseudo-inputs; two affine autoregressive transforms",
             "training": f"Monte Carlo ELBO, one particle, {args.epochs} epochs, batch "
             f"{args.batch_size}, Adam, learning rate {args.learning_rate} with cosine schedule, KL "
-            f"weight warmed up over {warmup} epochs, parameters of the best validation bound, seed "
-            f"{args.seed}",
+            f"weight warmed up over {args.warmup} epochs, parameters of the best validation bound, "
+            f"seed {args.seed}",
             "evaluation": f"importance weighting with the guide, {args.num_particles} particles, "
             f"all {len(data.test)} test data",
+            "baseline": next(iter(pairs)),
         },
-        **json.loads((args.out / "comparison.json").read_text()),
-    }
+        device=args.device,
+    )
+    found = pv.compare_runs(trained(pairs, data, results, args), out=args.out)
+    quantity = json.loads((args.out / "comparison.json").read_text())["quantity"]
+    results.note(quantity=quantity, baseline=found.rows[0]["name"])
+    for row in found.rows:
+        results.put(row["name"], **{key: of for key, of in row.items() if key != "name"})
     (args.out / "comparison.png").replace(args.out / "priors.png")
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(found)
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'priors.png'}")
 
@@ -129,5 +173,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pv.DivergedError) as error:
         raise SystemExit(f"priors.py: {error}") from None

@@ -1,0 +1,152 @@
+"""The experiments that compare swaps: their time, their divergences, and the gap they refine."""
+
+import argparse
+import json
+import runpy
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import LinearGaussian
+from torch import Tensor
+
+import pyro_vae as pv
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+SCRIPTS = ["guides", "likelihoods", "priors"]
+TWO = {
+    "guides": ["mixture", "diagonal"],
+    "likelihoods": ["discretized logistic", "binomial"],
+    "priors": ["N(0, I)", "mixture"],
+}
+
+
+def run(script: str, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> dict[str, Any]:
+    path = FOLDER / f"{script}.py"
+    monkeypatch.setattr("sys.argv", [path.name, "--smoke", "--out", str(out), *args])
+    runpy.run_path(str(path), run_name="__main__")
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """They take most of the time of runs as short as these."""
+    monkeypatch.setattr("pyro_vae.runs.fit.draw_run", lambda *args: None)
+    monkeypatch.setattr("pyro_vae.runs.evaluate.draw_evidence", lambda *args: None)
+
+
+def prior_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+
+def test_all_of_a_gap_that_refining_can_close_is_called_amortization():
+    """Orthogonal columns of W make a diagonal posterior; the prior's bound is known too."""
+    torch.manual_seed(0)
+    random = LinearGaussian.random()
+    weight = torch.linalg.qr(random.weight).Q * torch.tensor([1.0, 0.6])
+    pair = LinearGaussian(weight, random.bias, random.scale)
+    x = pair.sample(100)
+    # E_prior log p(x|z) = log N(x; b, s^2 I) - tr(W W') / 2 s^2.
+    at_mean = dist.Normal(pair.bias, pair.scale).to_event(1).log_prob(x)
+    bound = at_mean - weight.square().sum() / (2 * pair.scale**2)
+    gap = (pair.log_evidence(x) - bound).mean().item()
+    refinement = runpy.run_path(str(FOLDER / "guides.py"))["refinement"]
+    args = argparse.Namespace(num_particles=1000, steps=200, seed=0)
+    found = refinement(pair.model, prior_guide, x, args)
+    assert found["gap"] == pytest.approx(gap, abs=0.03)
+    assert found["amortization"] == pytest.approx(gap, abs=0.05)
+    before = pair.log_evidence(x) - bound
+    assert found["amortization_error"] == pytest.approx(before.std().item() / 100**0.5, rel=0.1)
+
+
+def test_what_decides_the_figures_is_said_and_never_mixed(monkeypatch, tmp_path):
+    figures = run("guides", monkeypatch, tmp_path, "--only", "diagonal", "mixture")
+    facts = {"name": "diagonal", "num_data": 10, "steps": 5}
+    assert {key: figures["amortization"][key] for key in facts} == facts
+    assert figures["baseline"] == "diagonal"
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(
+        SystemExit, match=r"^guides.py: .* another protocol: baseline is 'diagonal'"
+    ):
+        run("guides", monkeypatch, tmp_path, "--only", "mixture", "diagonal")
+    with pytest.raises(SystemExit, match=r"seed 0' there, .*seed 1' here"):
+        run("guides", monkeypatch, tmp_path, "--only", "diagonal", "mixture", "--seed", "1")
+
+
+def figures_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
+
+
+def test_a_budget_cuts_trainings_that_go_on_at_the_next_call(monkeypatch, tmp_path):
+    only = ["--only", *TWO["priors"]]
+    whole = run("priors", monkeypatch, tmp_path / "whole", *only)
+    # A share is a second at least: this clock says that it is over after every epoch.
+    clock = count(0, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: float(next(clock)))
+        cut = run("priors", patch, tmp_path / "cut", *only, "--budget", "1e-6")
+    assert [(row["epochs"], row["of_epochs"]) for row in cut["rows"]] == [(1, 2)] * 2
+    gone_on = run("priors", monkeypatch, tmp_path / "cut", *only)
+    assert figures_of(gone_on["rows"]) == figures_of(whole["rows"])
+    # Nothing is left to do.
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
+    again = run("priors", monkeypatch, tmp_path / "cut", *only)
+    assert figures_of(again["rows"]) == figures_of(whole["rows"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_that_diverges_stops_no_other_and_costs_its_time(script, monkeypatch, tmp_path, capsys):
+    """A budget of 4 minutes, of which every training and every judging takes one."""
+    fit, judge, now, shares = pv.fit, pv.evaluate_run, [0.0], []
+    third = {"guides": "low rank", "likelihoods": "discretized normal", "priors": "flow"}[script]
+    first, second = TWO[script]
+
+    def trained(*pair: Any, max_seconds: float, **options: Any) -> pv.History:
+        shares.append(max_seconds)
+        now[0] += 30.0
+        if len(shares) != 2:
+            return fit(*pair, **options | {"epochs": 1})
+        fit(*pair, **options | {"epochs": 1})
+        raise pv.DivergedError("the loss turned NaN")
+
+    def judged(*args: Any, **options: Any) -> pv.Evaluation:
+        now[0] += 60.0
+        return judge(*args, **options)
+
+    only = ["--only", first, third, second]
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now[0])
+        patch.setattr("pyro_vae.fit", trained)
+        patch.setattr("pyro_vae.evaluate_run", judged)
+        figures = run(script, patch, tmp_path, *only, "--budget", "4")
+    assert shares == pytest.approx([240 / 3, 150 / 2, 120])
+    assert [row["name"] for row in figures["rows"]] == [first, second]
+    assert figures["diverged"] == {third: {"epochs": 1, "of_epochs": 2}}
+    # What is refined is a diagonal normal: with another baseline there is no such figure.
+    assert (figures["baseline"], "amortization" in figures) == (first, False)
+    assert f"{third}: the loss turned NaN" in capsys.readouterr().out
+
+
+def test_a_baseline_that_diverges_is_said_in_a_line(monkeypatch, tmp_path):
+    def fails(*pair: Any, **options: Any) -> pv.History:
+        raise pv.DivergedError("the loss turned NaN")
+
+    monkeypatch.setattr("pyro_vae.fit", fails)
+    with pytest.raises(SystemExit, match=r"^priors.py: the loss turned NaN"):
+        run("priors", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "mistake", [("--num-particles", "1"), ("--budget", "0"), ("--only", "mixture")]
+)
+def test_mistakes_are_said_in_a_line(script, mistake, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, tmp_path / "none", *mistake)
+    assert f"{script}.py: error: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
