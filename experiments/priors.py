@@ -149,7 +149,8 @@ def main() -> None:
             "data": data.summary(),
             "model": f"{args.latent_dim} latents, gated layers {args.hidden_dims} on each side, "
             f"Bernoulli likelihood, diagonal normal guide; {args.num_components} members of the "
-            "mixture and pseudo-inputs; two affine autoregressive transforms",
+            "mixture and pseudo-inputs, which start at the first training data; two affine "
+            "autoregressive transforms",
             "training": f"Monte Carlo ELBO, one particle, {args.epochs} epochs, batch "
             f"{args.batch_size}, Adam, learning rate {args.learning_rate} with cosine schedule, KL "
             f"weight warmed up over {args.warmup} epochs, parameters of the best validation bound, "

@@ -78,6 +78,40 @@ def test_what_decides_the_figures_is_said_and_never_mixed(monkeypatch, tmp_path)
         run("guides", monkeypatch, tmp_path, "--only", "diagonal", "mixture", "--seed", "1")
 
 
+class Moved:
+    """A program that knows where it was moved to."""
+
+    device = "nowhere"
+
+    def to(self, device: str) -> None:
+        self.device = device
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu", "cuda:1"])
+@pytest.mark.parametrize("script", ["guides", "likelihoods"])
+def test_what_is_loaded_is_judged_on_the_device_that_was_asked_for(
+    script, asked, monkeypatch, tmp_path
+):
+    judge = {"guides": "amortization", "likelihoods": "annealing"}[script]
+    function = runpy.run_path(str(FOLDER / f"{script}.py"))[judge]
+    pair = (Moved(), Moved())
+    seen = []
+
+    def judged(*programs: Moved, **options: Any) -> None:
+        seen.extend(program.device for program in programs[:2])
+        raise InterruptedError
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pyro_vae.load", lambda run: pair)
+    monkeypatch.setattr("pyro_vae.log_evidence", judged)
+    args = argparse.Namespace(device=asked, refined=3, annealed=3, num_particles=2, seed=0)
+    args.out = tmp_path
+    data = pv.load_data(torch.randint(0, 4, (60, 7)))
+    with pytest.raises(InterruptedError):
+        function(args, data, tmp_path if script == "guides" else "binomial")
+    assert seen == ["cuda" if asked == "auto" else asked] * 2
+
+
 def figures_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
 
