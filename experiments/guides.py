@@ -12,8 +12,6 @@ data costs against a diagonal normal of each datum's own.
 import argparse
 import json
 import math
-import re
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,54 +61,6 @@ def swaps(
         "mixture": lambda: pair(pv.Conditional(network(3 * num_components), mixture)),
         "IAF": lambda: pair(flow()),
     }
-
-
-def trained(
-    pairs: dict[str, Callable[[], tuple[pv.Model, pv.Guide]]],
-    data: pv.Split,
-    results: pv.Results,
-    args: argparse.Namespace,
-) -> dict[str, Path]:
-    """Train and judge what is not finished, in equal parts of the time; where their runs lie."""
-    diverged = json.loads(results.path.read_text()).get("diverged", {})
-    finished = {row["name"] for row in results.rows if row["epochs"] >= row["of_epochs"]}
-    folders = {name: args.out / re.sub(r"[\W_]+", "-", name.lower()).strip("-") for name in pairs}
-    left = [name for name in pairs if name not in finished | diverged.keys()]
-    shared: Any = {"seed": args.seed, "device": args.device}
-    end = time.monotonic() + 60 * args.budget  # judging counts too
-    for done, name in enumerate(left):
-        out = folders[name]
-        torch.manual_seed(args.seed)
-        model, guide = pairs[name]()
-        try:
-            pv.fit(
-                model,
-                guide,
-                data,
-                loss=pv.Stratified() if name == "mixture" else None,
-                optimizer=lambda params: torch.optim.Adam(
-                    params, lr=args.learning_rate, fused=True
-                ),
-                lr_schedule=partial(CosineAnnealingLR, T_max=args.epochs),
-                kl_weight=pv.warmup(args.warmup),
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                max_seconds=max(1.0, (end - time.monotonic()) / (len(left) - done)),
-                out=out,
-                resume=(out / "config.json").is_file(),
-                **shared,
-            )
-        except pv.DivergedError as error:
-            if name == next(iter(pairs)):  # what all others are held against
-                raise
-            print(f"{name}: {error}", flush=True)
-            epochs = len((out / "metrics.jsonl").read_text().splitlines())
-            diverged[name] = {"epochs": epochs, "of_epochs": args.epochs}
-            results.note(diverged=diverged)
-            continue
-        of_pair: Any = {"model": model, "guide": guide, "data": data, **shared}
-        pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair)
-    return {name: folders[name] for name in pairs if name not in diverged}
 
 
 def main() -> None:
@@ -172,9 +122,23 @@ def main() -> None:
         },
         device=args.device,
     )
-    found = pv.compare_runs(trained(pairs, data, results, args), out=args.out)
+    found = pv.compare_swaps(
+        pairs,
+        data,
+        out=args.out,
+        num_particles=args.num_particles,
+        losses={"mixture": pv.Stratified()},
+        optimizer=lambda params: torch.optim.Adam(params, lr=args.learning_rate, fused=True),
+        lr_schedule=partial(CosineAnnealingLR, T_max=args.epochs),
+        kl_weight=pv.warmup(args.warmup),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        total_seconds=60 * args.budget,
+        seed=args.seed,
+        device=args.device,
+    )
     quantity = json.loads((args.out / "comparison.json").read_text())["quantity"]
-    results.note(quantity=quantity, baseline=found.rows[0]["name"])
+    results.note(quantity=quantity, baseline=found.rows[0]["name"], diverged=found.diverged)
     for row in found.rows:
         results.put(row["name"], **{key: of for key, of in row.items() if key != "name"})
     (args.out / "comparison.png").replace(args.out / "guides.png")

@@ -195,6 +195,7 @@ def comparison(figures: dict[str, Any]) -> Section:
             f"{cost['amortization_error']:.2f} amortization: what a diagonal normal of each "
             "datum's own gains"
         )
+    facts |= {f"{name}, left out": why for name, why in figures.get("diverged", {}).items()}
     for who, value in figures.get("as_reported", {}).items():
         facts[f"as reported: {who}"] = said("", value)
     return markdown(head, lines), facts

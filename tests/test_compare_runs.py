@@ -136,6 +136,53 @@ def test_swaps_that_the_clock_stops_are_judged_as_they_are_and_gone_on_with(tmp_
         assert not torch.equal(first.estimates[name].value, estimate.value)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for what the tests add."""
+    now = [0.0]
+    monkeypatch.setattr("pyro_vae.runs.swaps.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_time_is_shared_among_what_is_left_and_a_divergence_stops_no_other(
+    tmp_path, monkeypatch, clock
+):
+    """Of 240 seconds every training takes 30 and every judging 60; the second diverges."""
+    data = pv.load_data({"train": X.numpy(), "valid": X[:10].numpy(), "test": X[:20].numpy()})
+    fit, judge, shares = pv.fit, pv.evaluate_run, []
+
+    def trained(*pair: Any, max_seconds: float = math.inf, **options: Any) -> pv.History:
+        shares.append(max_seconds)
+        clock[0] += 30.0
+        history = fit(*pair, **options)
+        if str(options["out"]).endswith("broken"):
+            raise pv.DivergedError("the loss turned NaN")
+        return history
+
+    def judged(*args: Any, **options: Any) -> pv.Evaluation:
+        clock[0] += 60.0
+        return judge(*args, **options)
+
+    monkeypatch.setattr("pyro_vae.runs.swaps.fit", trained)
+    monkeypatch.setattr("pyro_vae.runs.swaps.evaluate_run", judged)
+    first, second = swaps().items()
+    options: Any = {"epochs": 1, "batch_size": 20, "num_particles": 5, "progress": False}
+    three = dict([first, ("broken", second[1]), second])
+    with pytest.warns(UserWarning, match="^broken is left out: the loss turned NaN"):
+        found = pv.compare_swaps(three, data, out=tmp_path, total_seconds=240.0, **options)
+    assert shares == pytest.approx([240 / 3, 150 / 2, 120])
+    assert list(found.estimates) == [first[0], second[0]]
+    assert found.diverged == {"broken": "the loss turned NaN"}
+    # What has no epochs left needs no time: all of it is for a swap that is new.
+    more = {first[0]: first[1], "new": second[1]}
+    pv.compare_swaps(more, data, out=tmp_path, total_seconds=100.0, **options)
+    assert shares[-1] == pytest.approx(100 - 30)
+    with pytest.raises(pv.DivergedError):
+        pv.compare_swaps({"broken": second[1], **more}, data, out=tmp_path / "other", **options)
+    with pytest.raises(ValueError, match="total_seconds: expected more than 0"):
+        pv.compare_swaps(more, data, out=tmp_path, total_seconds=0.0, **options)
+
+
 def test_names_that_are_one_folder_are_refused(tmp_path):
     data = pv.load_data({"train": X.numpy(), "valid": X.numpy(), "test": X.numpy()})
     pair = {"a b": bernoulli_pair, "A-B": bernoulli_pair}

@@ -24,7 +24,10 @@ class RunComparison(Comparisons):
         rows: One dict a run: what ``Comparisons`` has, ``bits_per_dim`` (None where data have no
             levels), ``epochs`` (those it has trained for), ``of_epochs`` (those it was to train
             for) and ``train_seconds``.
+        diverged: Swaps that are left out, and how each diverged; see ``compare_swaps``.
     """
+
+    diverged: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare_runs(

@@ -1,7 +1,10 @@
 """Train several pairs on the same data, judge them, and hold them against the first."""
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 
 from pyro_vae.data import Split
 from pyro_vae.evidence.compare import fingerprint
+from pyro_vae.inference.loop import DivergedError
 from pyro_vae.runs.compare import RunComparison, compare_runs
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.evaluate import evaluate_run
@@ -25,6 +29,7 @@ def compare_swaps(
     num_particles: int = 5000,
     budget: float = 0.0,
     losses: Mapping[str, Any] | None = None,
+    total_seconds: float | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -34,9 +39,10 @@ def compare_swaps(
 
     Each swap has a run directory of its own below ``out``. A call that was stopped goes on where it
     stopped: what was trained is resumed, with the checks of ``fit``, and what was judged as it is
-    now is not judged again. With ``max_seconds=`` each swap trains for so long and is judged as it
-    is then; the next call goes on with those that have epochs left and judges them anew, and the
-    column ``epochs`` says how far each has come.
+    now is not judged again. With ``total_seconds=``, or ``max_seconds=`` for each, a swap trains so
+    long and is judged as it is then; the next call goes on with those that have epochs left and
+    judges them anew, and the column ``epochs`` says how far each has come. One that diverges is
+    named in a warning and left out; the first alone can't be missed.
 
     Args:
         swaps: From a name to a function that makes the pair, called under
@@ -47,6 +53,9 @@ def compare_swaps(
         budget: What annealing may cost, in units of that; 0, as published figures are, anneals
             nothing. See ``evaluate``.
         losses: The loss of those swaps that have one of their own, by name.
+        total_seconds: What this call may take, in equal parts for those that have epochs left;
+            judging counts, and what one doesn't need goes to the next. Each trains for one epoch
+            at least.
         seed: Seed of initial weights, training and particles.
         device: "auto", "cpu", "cuda"...
         progress: Show bars on a terminal, lines elsewhere.
@@ -57,6 +66,7 @@ def compare_swaps(
 
     Raises:
         ValueError: There are less than two swaps; or what ``fit`` and ``evaluate_run`` say.
+        DivergedError: The first swap diverged, or all others.
 
     Example:
         >>> import tempfile
@@ -83,23 +93,37 @@ def compare_swaps(
             f"compare_swaps: expected names that differ in their letters and digits, got "
             f"{list(swaps)}."
         )
-    for name, make in swaps.items():
+    if total_seconds is not None and not total_seconds > 0:
+        raise ValueError(f"total_seconds: expected more than 0 seconds, got {total_seconds}.")
+    end = time.monotonic() + (math.inf if total_seconds is None else total_seconds)
+    diverged: dict[str, DivergedError] = {}
+    for number, (name, make) in enumerate(swaps.items()):
         run = folders[name]
+        if total_seconds is not None:
+            left = sum(_has_epochs_left(run, options) for run in list(folders.values())[number:])
+            options["max_seconds"] = max((end - time.monotonic()) / max(left, 1), 1e-9)
         before = _judged(run, data, num_particles, budget, seed)
         torch.manual_seed(seed)
         model, guide = make()
         own = {"loss": losses[name]} if losses is not None and name in losses else {}
-        history = fit(
-            model,
-            guide,
-            data,
-            out=run,
-            resume=(run / "config.json").is_file(),
-            seed=seed,
-            device=device,
-            progress=progress,
-            **{**options, **own},
-        )
+        try:
+            history = fit(
+                model,
+                guide,
+                data,
+                out=run,
+                resume=(run / "config.json").is_file(),
+                seed=seed,
+                device=device,
+                progress=progress,
+                **{**options, **own},
+            )
+        except DivergedError as error:
+            diverged[name] = error
+            if number == 0 or len(diverged) == len(swaps) - 1:
+                raise
+            warnings.warn(f"{name} is left out: {error}", UserWarning, stacklevel=2)
+            continue
         if before == len(history.records):
             continue
         evaluate_run(
@@ -113,7 +137,16 @@ def compare_swaps(
             device=device,
             progress=progress,
         )
-    return compare_runs(folders, out=out)
+    found = compare_runs({n: run for n, run in folders.items() if n not in diverged}, out=out)
+    return replace(found, diverged={name: str(error) for name, error in diverged.items()})
+
+
+def _has_epochs_left(folder: Path, options: Mapping[str, Any]) -> bool:
+    """Whether training would go on, as far as the number of epochs tells."""
+    if not (folder / "config.json").is_file():
+        return True
+    wanted = options.get("epochs", Run(folder).config["options"]["epochs"])
+    return len(Run(folder).read_metrics()[0]) < wanted
 
 
 def _folder(name: str) -> str:
