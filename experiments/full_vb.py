@@ -10,14 +10,17 @@ varies, that of gradient steps does not. Called again, the script goes on where 
     python experiments/full_vb.py --data mnist --root FOLDER --sizes 100 1000 --hidden 500
 
 Against it stand two point estimates of the weights: trained to the end, and stopped at the best
-bound of the validation data, which the others never see.
+bound of the validation data, which the others never see; all start alike. Two things depart from
+the paper. Its p(theta) is N(0, I), under which sums over many units are large; here a unit's
+weights have N(0, 1 / fan-in). Its point estimate has a prior (MAP), here it is maximum likelihood.
 """
 
 import argparse
 import math
+import statistics
 import time
-from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal, init_to_sample
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
@@ -36,11 +39,24 @@ import pyro_vae as pv
 
 BATCH = 25
 STEPS = 40  # of an epoch, about, whatever the number of data
+RATE = 2e-3
+# Scales start small; at the rate of all else, those that no data bind never came to the prior's.
+START, RATE_OF_SCALES = 0.02, 10 * RATE
 WAYS = {
     "full": "full variational Bayes",
     "stopped": "point estimate, stopped by validation data",
     "point": "point estimate",
 }
+NUMBERS = {  # the least, the default, what it is
+    "epochs": (1, 75, f"of {STEPS} gradient steps"),
+    "latent-dim": (1, 5, "latents"),
+    "hidden": (1, 100, "units on each side"),
+    "num-test": (2, 1000, "test data that are judged"),
+    "num-global": (2, 50, "draws of the weights"),
+    "num-particles": (1, 100, "per draw of the weights"),
+    "num-joint": (2, 50, "weights of the whole set"),
+}
+KEYS, DIVERGED = ("log_density", "estimator_error", "sampling_error"), {"diverged": True}
 
 
 class FullModel(pv.Model):
@@ -62,7 +78,8 @@ class FullModel(pv.Model):
         for module, name, shape in self.sites:
             scale = torch.full(shape, shape[-1] ** -0.5 if name == "weight" else 1.0)
             module.register_buffer(f"{name}_scale", scale)  # goes where the module goes
-            setattr(module, name, PyroSample(normal_prior(f"{name}_scale")))
+            of = attrgetter(f"{name}_scale")
+            setattr(module, name, PyroSample(lambda m, of=of: dist.Normal(0.0, of(m)).to_event()))
 
     def forward(self, x: Tensor | int, *context: Tensor) -> Tensor:
         """Score data, or draw them; the weights are drawn here, once for all data."""
@@ -88,21 +105,11 @@ class FullGuide(pv.Guide):
         return super().forward(x, *context)
 
 
-def normal_prior(scale: str) -> Callable[[Any], Any]:
-    """p(theta) of one tensor of weights, given the name of the buffer with its scale."""
-    return lambda module: dist.Normal(0.0, getattr(module, scale)).to_event()
-
-
-def pieces(
-    latent_dim: int, hidden: int, dim: int = 64
-) -> tuple[pv.Conditional, nn.Module, pv.Conditional]:
+def pieces(latent_dim: int, hidden: int, dim: int = 64) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Encoder, prior and likelihood, the same for all ways."""
-    encoder = pv.Conditional(
-        pv.networks.mlp(dim, (2, latent_dim), hidden_dims=(hidden,)), pv.families.normal
-    )
-    likelihood = pv.Conditional(
-        pv.networks.mlp(latent_dim, (1, dim), hidden_dims=(hidden,)), pv.families.bernoulli
-    )
+    layers = partial(pv.networks.mlp, hidden_dims=(hidden,))
+    encoder = pv.Conditional(layers(dim, (2, latent_dim)), pv.families.normal)
+    likelihood = pv.Conditional(layers(latent_dim, (1, dim)), pv.families.bernoulli)
     return encoder, pv.priors.StandardNormal(latent_dim), likelihood
 
 
@@ -112,102 +119,108 @@ def point_pair(latent_dim: int, hidden: int, dim: int = 64) -> tuple[pv.Model, p
     return pv.Model(prior, likelihood), pv.Guide(encoder)
 
 
-def full_pair(
-    latent_dim: int, hidden: int, num_data: int, dim: int = 64
-) -> tuple[FullModel, FullGuide]:
+def full_pair(latent_dim: int, hidden: int, num_data: int, dim: int = 64) -> tuple[Any, Any]:
     """The pair with weights that are latents."""
     encoder, prior, likelihood = pieces(latent_dim, hidden, dim)
+    start = {f"likelihood.{n}": p.detach().clone() for n, p in likelihood.named_parameters()}
     model = FullModel(prior, likelihood, num_data)
     of_weights = poutine.block(model, hide=["z", "x"])
-    weights = AutoNormal(of_weights, init_loc_fn=init_to_sample, init_scale=0.02)
+    weights = AutoNormal(of_weights, init_loc_fn=init_to_value(values=start), init_scale=START)
     return model, FullGuide(encoder, weights, num_data)
 
 
-class Clock:
-    """Shares the training time of a call equally among the trainings that are left."""
+def adam(guide: nn.Module, params: list[Tensor]) -> torch.optim.Adam:
+    """Adam, with a rate of their own for the scales of q(theta)."""
+    own = {id(p) for name, p in guide.named_parameters() if name.startswith("weights.scales.")}
+    scales, others = ([p for p in params if (id(p) in own) is of] for of in (True, False))
+    groups = [{"params": others}, {"params": scales, "lr": RATE_OF_SCALES}]
+    return torch.optim.Adam(groups[: 1 + bool(scales)], lr=RATE, fused=True)
 
-    def __init__(self, minutes: float | None, trainings: int) -> None:
-        self.seconds = math.inf if minutes is None else 60 * minutes
-        self.trainings = trainings
 
-    def train(self, model: nn.Module, guide: nn.Module, x: Tensor, **options: Any) -> pv.History:
-        """Train a pair, or go on with that, for its share of the time."""
-        share = max(self.seconds / self.trainings, 1e-3)
-        started = time.perf_counter()
-        history = pv.fit(
-            model,
-            guide,
-            x,
-            batch_size=BATCH,
-            optimizer=lambda params: torch.optim.Adam(params, lr=2e-3, fused=True),
-            resume=(options["out"] / "config.json").is_file(),
-            max_seconds=share if share < math.inf else None,
-            pictures=False,
-            progress=False,
-            **options,
-        )
-        self.seconds -= time.perf_counter() - started
-        self.trainings -= 1
-        return history
+def schedule(size: int, args: argparse.Namespace) -> tuple[int, int]:
+    """How often an epoch goes through so many data, and how many epochs there are."""
+    # An epoch ends with a validation and a copy of the state: let it hold some steps.
+    copies = max(1, args.steps * BATCH // size)
+    return copies, max(1, round(args.epochs * args.steps * BATCH / (copies * size)))
+
+
+def epochs_done(run: Path) -> int:
+    """Of a training that was begun or not."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def left(size: int, seed: int, row: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The ways that are still to be trained, given what is known of them."""
+    runs = {way: args.out / f"{size}-{seed}-{way}" for way in WAYS if row.get(way) != DIVERGED}
+    return [way for way, run in runs.items() if epochs_done(run) < schedule(size, args)[1]]
 
 
 def measured(
-    data: pv.Split, size: int, seed: int, clock: Clock, args: argparse.Namespace
+    data: pv.Split, size: int, seed: int, row: dict[str, Any], time_left: float, args: Any
 ) -> dict[str, Any]:
-    """One row: all ways on so many training data, nats per datum."""
+    """One row, from what is known of it: all ways on so many training data, nats per datum."""
+    end = time.monotonic() + time_left
     x, test = data.train[:size], data.test[: args.num_test]
-    # An epoch ends with a validation and a copy of the state: let it hold some steps.
-    train = x.repeat(max(1, args.steps * BATCH // size), 1)
-    epochs = max(1, round(args.epochs * args.steps * BATCH / len(train)))
-    shape = args.latent_dim, args.hidden
-    estimates: dict[str, pv.Estimate] = {}
-    histories: dict[str, pv.History] = {}
-    row: dict[str, Any] = {"num_train": size, "seed": seed}
+    copies, epochs = schedule(size, args)
+    shape, count = (args.latent_dim, args.hidden), (args.num_global, args.num_particles)
+    lost = {way: DIVERGED for way in WAYS if row.get(way) == DIVERGED}
+    going, estimates, done, seconds = left(size, seed, row, args), {}, [], 0.0
+    row = {"num_train": size, "seed": seed, **lost}
     for way in WAYS:
+        run = args.out / f"{size}-{seed}-{way}"
+        share = (end - time.monotonic()) / max(len(going), 1)
         torch.manual_seed(seed)
-        full = way == "full"
-        pair = full_pair(*shape, size, data.dim) if full else point_pair(*shape, data.dim)
-        histories[way] = clock.train(
-            *pair,
-            train,
-            valid=data.valid if way == "stopped" else None,
-            lr_schedule=partial(CosineAnnealingLR, T_max=epochs),
-            kl_weight=pv.warmup(max(1, epochs // 10)),
-            epochs=epochs,
-            seed=seed,
-            out=args.out / f"{size}-{seed}-{way}",
-            device=args.device,
-        )
-        if full:
-            row |= bound_of_the_set(pair, x, args.num_joint)
-            draws = {"num_global": args.num_global, "num_particles": args.num_particles}
-            estimates[way] = pv.log_predictive(*pair, test, **draws)
+        pair = full_pair(*shape, size, data.dim) if way == "full" else point_pair(*shape, data.dim)
+        try:
+            if way in lost:
+                raise pv.DivergedError(f"{run} had diverged before")
+            history = pv.fit(
+                *pair,
+                x.repeat(copies, 1),
+                valid=data.valid if way == "stopped" else None,
+                batch_size=BATCH,
+                optimizer=partial(adam, pair[1]),
+                lr_schedule=partial(CosineAnnealingLR, T_max=epochs),
+                kl_weight=pv.warmup(max(1, epochs // 10)),
+                epochs=epochs,
+                seed=seed,
+                max_seconds=max(share, 1e-3),
+                out=run,
+                resume=(run / "config.json").is_file(),
+                device=args.device,
+                pictures=False,
+                progress=False,
+            )
+        except pv.DivergedError as error:  # the others go on
+            print(f"{way}: {error}", flush=True)
+            row[way] = DIVERGED
         else:
-            count = args.num_global * args.num_particles
-            estimates[way] = pv.log_evidence(*pair, test, num_particles=count)
-        row[way] = figure(estimates[way]) | {"sampling_error": estimates[way].sampling_error}
+            seconds += history["seconds"][-1]
+            if way == "full":
+                row |= bound_of_the_set(pair, x, args.num_joint)
+                found = pv.log_predictive(*pair, test, num_global=count[0], num_particles=count[1])
+            else:
+                found = pv.log_evidence(*pair, test, num_particles=math.prod(count))
+            figures = found.mean, found.mean_standard_error, found.sampling_error
+            estimates[way], row[way] = found, dict(zip(KEYS, figures, strict=True))
+        done.append(epochs_done(run))
+        going = [other for other in going if other != way]
     for way in ("stopped", "point"):
-        row[f"full minus {way}"] = figure(pv.compare(estimates["full"], estimates[way]))
-    row["epochs"] = min(len(history.records) for history in histories.values())
-    row["of_epochs"] = epochs
-    row["train_seconds"] = sum(history["seconds"][-1] for history in histories.values())
-    return row
-
-
-def figure(found: pv.Estimate | pv.Comparison) -> dict[str, float]:
-    """A mean with its error, nats per datum."""
-    return {"value": found.mean, "standard_error": found.mean_standard_error}
+        if "full" in estimates and way in estimates:
+            gain = pv.compare(estimates["full"], estimates[way])
+            row[f"full minus {way}"] = {"gain": gain.mean, "paired_error": gain.mean_standard_error}
+    row |= {"epochs": min(done), "of_epochs": epochs, "train_seconds": seconds}
+    row["finished"] = not left(size, seed, row, args)
+    return row if len(estimates) == len(WAYS) else row | DIVERGED
 
 
 def bound_of_the_set(pair: tuple[Any, Any], x: Tensor, num_joint: int) -> dict[str, Any]:
     """Bounds on log p(X) / N: of one draw of the weights, without bias, and of all together."""
     log_w = pv.joint_log_weights(*pair, x, num_particles=num_joint) / len(x)
-    error = log_w.std().item() / num_joint**0.5
     tighter = ((len(x) * log_w).logsumexp(0).item() - math.log(num_joint)) / len(x)
-    return {
-        "bound of the set": {"value": log_w.mean().item(), "standard_error": error},
-        "tighter_bound": tighter,
-    }
+    bound = {"value": log_w.mean().item(), "standard_error": log_w.std().item() / num_joint**0.5}
+    return {"bound of the set": bound, "tighter_bound": tighter}
 
 
 def main() -> None:
@@ -219,27 +232,22 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path("runs/full_vb"), help="goes on if there")
     parser.add_argument("--sizes", type=int, nargs="+", default=[25, 50, 100, 400])
-    parser.add_argument("--epochs", type=int, default=75, help=f"of {STEPS} gradient steps")
-    parser.add_argument("--budget", type=float, help="minutes of training in this call")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, with judging")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--latent-dim", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=100)
-    parser.add_argument("--num-test", type=int, default=1000, help="test data that are judged")
-    parser.add_argument("--num-global", type=int, default=50, help="draws of the weights")
-    parser.add_argument("--num-particles", type=int, default=100, help="per draw of the weights")
-    parser.add_argument("--num-joint", type=int, default=50, help="weights of the whole set")
+    for name, (_, default, said) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=said)
     parser.add_argument("--smoke", action="store_true", help="seconds: tiny, two epochs")
     args = parser.parse_args()
     args.steps = STEPS
     if args.smoke:
-        args.sizes, args.epochs, args.steps = args.sizes[:2], 2, 4
-        args.hidden, args.num_test = 8, 30
-        args.num_global, args.num_particles, args.num_joint = 3, 5, 3
+        tiny = {"hidden": 8, "num_test": 30, "num_particles": 5, "num_global": 3, "num_joint": 3}
+        vars(args).update(tiny, sizes=args.sizes[:2], epochs=2, steps=4)
 
     pyro.settings.set(module_local_params=True)  # each pair keeps its own parameters
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
+    check(args, data)
     results = pv.Results(
         args.out / "results.json",
         title=f"Full variational Bayes over the decoder's weights: {data.name}",
@@ -247,62 +255,90 @@ def main() -> None:
             "data": data.summary(),
             "model": f"N(0, I) prior in {args.latent_dim} dimensions, one layer of {args.hidden} "
             "softplus units on each side, Bernoulli likelihood, diagonal normal guide",
-            "full": "weights N(0, 1 / fan-in), biases N(0, 1), diagonal normal q(theta)",
+            "full": "weights N(0, 1 / fan-in), biases N(0, 1) (in the paper N(0, 1) all); diagonal "
+            f"normal q(theta), at first around the point estimates' start with scales {START}",
             "training": f"about {args.epochs * args.steps} steps of Adam, batch {BATCH}, learning "
-            "rate 2e-3 with cosine schedule, a tenth of KL warm-up, ELBO by Monte Carlo, one "
-            "particle; 'stopped' is the point estimate at its best bound of the "
-            f"{len(data.valid)} validation data, the others see training data alone",
+            f"rate {RATE}, of the scales of q(theta) {RATE_OF_SCALES}, with cosine schedule, a "
+            "tenth of KL warm-up, ELBO by Monte Carlo, one particle; point estimates of maximum "
+            "likelihood (in the paper, of the posterior's maximum), 'stopped' at the best bound of "
+            f"the {len(data.valid)} validation data, which the others don't see",
             "evaluation": f"{min(args.num_test, len(data.test))} test data; {args.num_global} "
-            f"draws of the weights with {args.num_particles} particles each, point estimates with "
-            f"as many particles in all; {args.num_joint} weights of the whole set",
+            f"draws of the weights, {args.num_particles} particles each, as many in all for point "
+            f"estimates; {args.num_joint} weights of the whole set",
         },
         device=args.device,
     )
-    jobs = [(f"{n} data, seed {seed}", n, seed) for seed in args.seeds for n in args.sizes]
-    jobs = [job for job in jobs if not finished(results, job[0])]
-    clock = Clock(args.budget, len(jobs) * len(WAYS))
-    for name, size, seed in jobs:
-        print(f"{name}...", flush=True)
-        results.put(name, **measured(data, size, seed, clock, args))
-    print("\n".join(map(line, results.rows)))
+    jobs = {f"{n} data, seed {seed}": (n, seed) for seed in args.seeds for n in args.sizes}
+    known = {name: {} for name in jobs} | {row["name"]: row for row in results.rows}
+    jobs = {name: job for name, job in jobs.items() if not known[name].get("finished", False)}
+    end = time.monotonic() + 60 * args.budget
+    for done, (name, job) in enumerate(jobs.items()):
+        share = (end - time.monotonic()) / (len(jobs) - done)
+        results.put(name, **measured(data, *job, known[name], share, args))
+        print(line(results[name]), flush=True)
     draw(results.rows, args.out / "full_vb.png")
     print(f"figures: {results.path}; picture: {args.out / 'full_vb.png'}")
 
 
-def finished(results: pv.Results, name: str) -> bool:
-    """Whether a row is there, and all of its trainings came to their end."""
-    return name in results and results[name]["epochs"] == results[name]["of_epochs"]
+def check(args: argparse.Namespace, data: pv.Split) -> None:
+    """Refuse what would fail later, or mean something else than it says."""
+    if not args.budget > 0:
+        raise ValueError(f"--budget: expected more than 0 minutes, got {args.budget}.")
+    for name, (least, *_) in NUMBERS.items():
+        if (given := getattr(args, name.replace("-", "_"))) < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {given}.")
+    most = len(data.train)
+    for size in args.sizes:
+        if not 1 <= size <= most:
+            raise ValueError(f"--sizes: expected 1 to {most}, all training data, got {size}.")
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
-    parts = ("bound of the set", *WAYS, "full minus stopped", "full minus point")
-    said = (
-        f"{part} {row[part]['value']:.2f} +- {row[part]['standard_error']:.2f}" for part in parts
-    )
-    return f"{row['name']}: {', '.join(said)}; {row['epochs']} of {row['of_epochs']} epochs"
+    said = [f"{row['name']}, {row['epochs']} of {row['of_epochs']} epochs"]
+    for part, found in row.items():
+        if part in WAYS or part.startswith(("bound", "full minus")):
+            facts = (f"{key.replace('_', ' ')} {of:.2f}" for key, of in found.items())
+            said.append(f"{part}: {'diverged' if found == DIVERGED else ', '.join(facts)}")
+    return "; ".join(said)
+
+
+def over_seeds(found: list[dict[str, float]], key: str, error: str) -> tuple[float, float]:
+    """The mean of a figure over seeds, and two standard errors.
+
+    All seeds share the test data, so that errors for new data do not average out, and the spread
+    between the trainings comes on top. An estimator's own error is a part of that spread.
+    """
+    if not found:
+        return math.nan, math.nan
+    values, one = [of[key] for of in found], statistics.fmean(of[error] ** 2 for of in found) ** 0.5
+    if len(found) > 1:
+        spread = statistics.stdev(values) / len(found) ** 0.5
+        one = spread if error == "estimator_error" else math.hypot(one, spread)
+    return statistics.fmean(values), 2 * one
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out log-density against the number of training data, and what the weights gain."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    values, gains = figure.subplots(1, 2)
-    sizes = sorted({row["num_train"] for row in rows})
+    values, gains = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
     against = {f"full minus {way}": f"against the {WAYS[way]}" for way in ("stopped", "point")}
-    for axes, parts in ((values, WAYS), (gains, against)):
+    panels = (values, WAYS, KEYS[0], KEYS[:0:-1]), (gains, against, "gain", ("paired_error",))
+    sizes = sorted({row["num_train"] for row in rows})
+    for axes, parts, key, errors in panels:
         for part, label in parts.items():
-            found = [[row[part] for row in rows if row["num_train"] == size] for size in sizes]
-            means = [sum(of["value"] for of in seeds) / len(seeds) for seeds in found]
-            # The errors are those of these test data, which all seeds share.
-            errors = [2 * max(of["standard_error"] for of in seeds) for seeds in found]
+            there = [row for row in rows if key in row.get(part, {})]
+            of = [[row[part] for row in there if row["num_train"] == size] for size in sizes]
             color = f"C{list(WAYS).index(part.removeprefix('full minus '))}"
-            axes.errorbar(sizes, means, errors, label=label, marker="o", capsize=3, color=color)
-        axes.set(xscale="log", xlabel="training data")
-        axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            for width, error in zip((1, 4), errors, strict=False):  # one over the other
+                drawn = zip(*(over_seeds(found, key, error) for found in of), strict=True)
+                line = axes.errorbar(sizes, *drawn, fmt="o-", color=color, elinewidth=width)
+                line.set_label(label if width == 1 else "")
+        axes.set(xscale="log", xlabel="training data", xticks=sizes, xticklabels=sizes)
         axes.minorticks_off()
         axes.legend()
-    values.set_ylabel("held-out log-density, nats per image")
-    gains.set_ylabel("gain of full variational Bayes, nats per image")
+    bars = "nats per image\ntwo standard errors"
+    values.set_ylabel(f"held-out log-density, {bars}: test set and (thick) estimator")
+    gains.set_ylabel(f"gain of full variational Bayes, {bars}, paired")
     gains.axhline(0.0, color="gray", linewidth=0.8)
     figure.savefig(path, dpi=150)
 
@@ -310,5 +346,5 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pv.DivergedError) as error:
         raise SystemExit(f"full_vb.py: {error}") from None
