@@ -1,7 +1,9 @@
 """The VAE of the neural-network libraries: by hand and as programs, the same numbers."""
 
+import importlib.util
 import json
 import runpy
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,23 +82,113 @@ def test_adam_written_out_in_jax_is_that_of_torch(monkeypatch):
         torch.testing.assert_close(found, weight, rtol=1e-6, atol=1e-7)
 
 
+def test_a_module_through_jax_has_the_loss_and_the_gradient_of_torch():
+    pytest.importorskip("jax")
+    module, (x, y) = by_hand(), (X[:7], X[7:])  # of two sizes
+    there = SCRIPT["InJax"]({})
+    for data in (x, y):
+        found = []
+        for loss in (module, partial(SCRIPT["through_jax"], there, module, None)):
+            torch.manual_seed(2)
+            minus = loss(data)
+            found.append([minus.detach(), *torch.autograd.grad(minus, list(module.parameters()))])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
 def call(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict[str, Any]:
     monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", "--out", str(out), *options])
     runpy.run_path(str(PATH), run_name="__main__")
     return json.loads((out / "results.json").read_text())
 
 
-def test_the_script_trains_both_alike_and_goes_on_where_its_budget_ended(monkeypatch, tmp_path):
-    cut = call(monkeypatch, tmp_path, "--budget", "1e-9")
-    assert [row["epochs"] for row in cut["rows"] if "epochs" in row] == [1, 1]
-    figures = call(monkeypatch, tmp_path)
-    rows = {row["name"]: row for row in figures["rows"]}
-    hand, ours = rows["PyTorch by hand, seed 0"], rows["Pyro programs, seed 0"]
-    assert (ours["epochs"], ours["of_epochs"]) == (2, 2)
-    assert ours["losses"] == pytest.approx(hand["losses"], rel=1e-5)
-    assert ours["losses"][1] < ours["losses"][0] - 1
-    assert abs(ours["log p(x) more than by hand"]) < 1e-4
-    assert rows["Pyro programs"]["milliseconds"] > 0
-    assert (tmp_path / "neural_nets.png").stat().st_size > 1000
+@pytest.fixture
+def without_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX takes seconds to compile, and adds nothing to a test of the script's ways."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *of: None if name == "jax" else find(name, *of)
+    )
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+
+
+def trainings(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = {row["name"]: row for row in figures["rows"] if "epochs" in row}
+    for row in rows.values():
+        row.pop("train_seconds", None)
+    return rows
+
+
+def test_all_are_trained_alike_and_go_on_where_the_budget_ended(monkeypatch, tmp_path):
+    cut = call(monkeypatch, tmp_path / "cut", "--budget", "1e-9")
+    assert {row["epochs"] for row in trainings(cut).values()} == {1}
+    figures, uncut = (call(monkeypatch, tmp_path / of) for of in ("cut", "uncut"))
+    rows = trainings(figures)
+    assert rows == trainings(uncut)
+    names = [f"{name}, seed 0" for name in SCRIPT["THERE"]]
+    assert list(rows) == names
+    hand = rows["PyTorch by hand, seed 0"]
+    for row in (rows[name] for name in names[1:]):
+        assert (row["epochs"], row["of_epochs"]) == (2, 2)
+        assert row["losses"] == pytest.approx(hand["losses"], rel=1e-5)
+        assert row["losses"][1] < row["losses"][0] - 1
+        assert abs(row["log p(x) more than by hand"]) < 1e-4
+    timed = {row["name"]: row["milliseconds"] for row in figures["rows"] if "milliseconds" in row}
+    assert timed.keys() == set(SCRIPT["THERE"])
+    assert "JAX" not in figures["title"]
+    assert (tmp_path / "cut" / "neural_nets.png").stat().st_size > 1000
     monkeypatch.setattr("pyro_vae.fit", None)  # nothing is left to train
-    assert call(monkeypatch, tmp_path) == figures
+    assert trainings(call(monkeypatch, tmp_path / "cut")) == rows
+
+
+@pytest.mark.usefixtures("without_jax")
+def test_one_that_lags_behind_goes_on_and_is_compared_when_it_is_there(monkeypatch, tmp_path):
+    fit = pv.fit
+
+    def lagging(model: Any, guide: Any, *args: Any, **options: Any) -> pv.History:
+        if type(model).__name__ == "ByHand":
+            options["max_seconds"] = 1e-9
+        return fit(model, guide, *args, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr("pyro_vae.fit", lagging)
+        rows = trainings(call(monkeypatch, tmp_path))
+    assert rows["PyTorch by hand, seed 0"]["epochs"] == 1
+    assert rows["Pyro programs, seed 0"]["epochs"] == 2
+    assert "log p(x) more than by hand" not in rows["Pyro programs, seed 0"]
+    rows = trainings(call(monkeypatch, tmp_path))
+    assert rows["PyTorch by hand, seed 0"]["epochs"] == 2
+    assert abs(rows["Pyro programs, seed 0"]["log p(x) more than by hand"]) < 1e-4
+
+
+@pytest.mark.usefixtures("without_jax")
+def test_one_that_diverges_stops_no_other(monkeypatch, tmp_path):
+    fit = pv.fit
+
+    def diverging(model: Any, *args: Any, **options: Any) -> pv.History:
+        if type(model).__name__ == "ByHand":
+            raise pv.DivergedError("the loss turned NaN")
+        return fit(model, *args, **options)
+
+    monkeypatch.setattr("pyro_vae.fit", diverging)
+    rows = trainings(call(monkeypatch, tmp_path))
+    bad, good = rows["PyTorch by hand, seed 0"], rows["Pyro programs, seed 0"]
+    assert (bad["epochs"], bad["diverged"], bad["finished"]) == (0, True, True)
+    assert good["epochs"] == 2
+
+
+def test_steps_are_timed_on_the_device_that_was_named(monkeypatch):
+    seen = []
+
+    def steppers(module: Any, x: torch.Tensor, *, compiled: bool) -> dict[str, Any]:
+        seen.append((x.device.type, next(module.parameters()).device.type, compiled))
+        return {}
+
+    monkeypatch.setitem(SCRIPT["untrained"].__globals__, "steppers", steppers)
+    args = Namespace(hidden=4, latent_dim=2, device="meta", smoke=True)
+    SCRIPT["untrained"](pv.load_data("digits").binarize(), args)
+    assert seen == [("meta", "meta", False)]
+
+
+def test_mistakes_end_in_a_line(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"^neural_nets\.py: --budget: expected minutes > 0"):
+        call(monkeypatch, tmp_path, "--budget", "0")
