@@ -19,13 +19,15 @@ make the first nats of the rate cost nothing. Called again, the script goes on w
     python experiments/autoregressive.py --out runs/autoregressive
     python experiments/autoregressive.py --data binarized_mnist --root FOLDER --epochs 100
 
-Reported: MADE of one hidden layer and one order, table 6 of Germain et al. (2015).
+Reported: MADE of one hidden layer and one order, table 6 of Germain et al. (2015); from memory, its
+layer had 8,000 units, where ours has --hidden of them, or two for each dimension if that is more.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +43,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import pyro_vae as pv
 
 REPORTED = {"binarized_mnist": {"autoregressive": -88.40}}
-SHOWN = 12
+REPORTED_UNITS = 8000  # of its hidden layer, from memory of the paper
+SHOWN, USED = 12, 500  # draws in the picture; data of which the use of latents is measured
 
 
 class Direct(PyroModule):
@@ -64,12 +67,16 @@ class Nothing(PyroModule):
         """Draw nothing."""
 
 
+def units(dim: int, hidden: int) -> int:
+    """The width of a masked layer: it has units for each of the dimensions."""
+    return max(hidden, 2 * dim)
+
+
 def pairs(dim: int, latent_dim: int, hidden: int, free_nats: float) -> dict[str, Any]:
     """From a name to the function that makes (model, guide, loss)."""
 
     def conditions(in_dim: int) -> pv.Autoregressive:
-        wide = (max(hidden, 2 * dim),)  # a masked layer has units for each of the dimensions
-        network = pv.networks.masked_mlp(dim, in_dim, 1, hidden_dims=wide)
+        network = pv.networks.masked_mlp(dim, in_dim, 1, hidden_dims=(units(dim, hidden),))
         return pv.Autoregressive(network, pv.families.bernoulli, dim)
 
     def independent() -> nn.Module:
@@ -125,9 +132,12 @@ def folder(out: Path, name: str) -> Path:
 
 
 def measured(
-    variant: Variant, data: pv.Split, args: argparse.Namespace, seconds: float
+    variant: Variant, data: pv.Split, args: argparse.Namespace, reached: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train as far as the time goes, judge, and draw: the figures of a row."""
+    """Train as far as the time goes, judge, and draw: the figures of a row.
+
+    The last epoch that was trained is left in ``reached``, also where training diverges.
+    """
     out = folder(args.out, variant.name)
     shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
@@ -142,7 +152,8 @@ def measured(
         lr_schedule=lambda optimizer: CosineAnnealingLR(optimizer, T_max=args.epochs),
         epochs=args.epochs,
         batch_size=100,
-        max_seconds=seconds,
+        max_seconds=args.seconds,
+        callbacks=[reached.update],
         out=out,
         resume=(out / "config.json").is_file(),
         pictures=False,
@@ -154,14 +165,15 @@ def measured(
     pv.evaluate_run(out, num_particles=particles, budget=0, **of_pair, **shared)
     judged = json.loads((out / "evidence.json").read_text())
     kept = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
-    rows = torch.linspace(0, len(data.test) - 1, min(500, len(data.test))).round().long()
+    rows = torch.linspace(0, len(data.test) - 1, min(USED, len(data.test))).round().long()
     drawn = pv.generate(model, data.test[:SHOWN], draw=True, seed=variant.seed)
     np.save(out / "draws.npy", drawn.cpu().numpy())
     reported = REPORTED.get(data.name, {})
+    beside = f"{REPORTED_UNITS:,} hidden units, ours {units(data.dim, args.hidden):,}"
     return {
         **{key: judged[key] for key in kept},
         **use_of_latents(model, guide, data.test[rows], variant.seed),
-        **({"as_reported": reported[variant.model]} if variant.model in reported else {}),
+        **({"as_reported": {beside: reported[variant.model]}} if variant.model in reported else {}),
         "num_particles": particles,
         "best_epoch": history.best_epoch,
         "epochs": len(history.records),
@@ -200,10 +212,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{'nats per image':16}   ELBO   log p(x)          reported   KL    I(n; z)  active  epochs"
     ]
     for row in rows:
+        reported = next(iter(row.get("as_reported", {}).values()), "")
         active = f"{row['active_units']} of {row['latents']}" if row["latents"] else "-"
         lines.append(
             f"{row['name']:16}{row['elbo']:8.2f}{row['log_evidence']:10.3f} +- "
-            f"{row['mean_standard_error']:.3f}{row.get('as_reported', ''):>8}"
+            f"{row['mean_standard_error']:.3f}{reported:>8}"
             f"{row['rate']:8.2f}{row['mutual_information']:8.2f}{active:>10}  "
             f"{row['epochs']} of {row['of_epochs']}"
         )
@@ -220,7 +233,9 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path("runs/autoregressive"))
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--budget", type=float, help="minutes of training in this call, shared")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="minutes of this call, shared"
+    )
     parser.add_argument("--models", nargs="+", choices=list(pairs(2, 1, 1, 0.0)))
     parser.add_argument("--latent-dim", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=500, help="units of each hidden layer")
@@ -230,6 +245,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: few data, tiny networks")
     args = parser.parse_args()
+    if not args.budget > 0:
+        raise ValueError(f"--budget: expected minutes > 0, got {args.budget}.")
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
     if args.smoke:
@@ -237,13 +254,14 @@ def main() -> None:
         data = dataclasses.replace(data, source=None, labels=None, **parts)
         args.epochs, args.num_particles, args.latent_dim, args.hidden = 2, 20, 3, 16
 
+    count = min(USED, len(data.test))
     results = pv.Results(
         args.out / "results.json",
         title=f"The chain rule and latents: {data.name}",
         protocol={
             "data": data.summary(),
             "model": "Bernoulli; conditionals by one masked hidden layer of "
-            f"{max(args.hidden, 2 * data.dim)} ReLU units; {args.latent_dim} latents, N(0, I), "
+            f"{units(data.dim, args.hidden)} ReLU units; {args.latent_dim} latents, N(0, I), "
             f"diagonal normal guide, {args.hidden} softplus units in its and the plain decoder's "
             "hidden layer",
             "training": "maximum likelihood, or the ELBO with analytic KL, with free bits of "
@@ -252,23 +270,31 @@ def main() -> None:
             "epochs": args.epochs,
             "evaluation": f"exact without latents, else {args.num_particles} importance weights "
             "from the guide; whole test set",
-            "use of latents": "rate, mutual information with the index of the datum, and active "
-            "units, of up to 500 test data",
+            "use of latents": "rate, mutual information with the index of the datum (of N data at "
+            f"most log N = {math.log(count):.2f} nats), and active units, of {count} test data",
         },
         device=args.device,
     )
-    trained = {row["name"]: (row["epochs"], row["train_seconds"]) for row in results.rows}
+    done = {row["name"]: row["epochs"] for row in results.rows}
+    over = [row["name"] for row in results.rows if "diverged" in row]
     models = args.models or list(pairs(2, 1, 1, 0.0))
     every = [Variant(model, seed) for seed in args.seeds for model in models]
-    left = [v for v in every if trained.get(v.name, (0, 0.0))[0] < args.epochs]
-    seconds = 60 * (args.budget or math.inf)
-    for done, variant in enumerate(left):
+    left = [v for v in every if done.get(v.name, 0) < args.epochs and v.name not in over]
+    end = time.monotonic() + 60 * args.budget
+    for number, variant in enumerate(left):
         print(f"{variant.name}...", flush=True)
-        row = measured(variant, data, args, max(1.0, seconds / (len(left) - done)))
+        args.seconds = max(end - time.monotonic(), 0.001) / (len(left) - number)
+        reached = {"epoch": done.get(variant.name, 0)}
+        try:
+            row = measured(variant, data, args, reached)
+        except pv.DivergedError as error:  # the others go on
+            print(f"{variant.name}: {error}")
+            row = {"diverged": True, "finished": True, "epochs": reached["epoch"]}
+            row |= {"of_epochs": args.epochs, **variant._asdict()}
         results.put(variant.name, **row)
-        seconds -= row["train_seconds"] - trained.get(variant.name, (0, 0.0))[1]
-    picture(results.rows, data, args.out)
-    print(table(results.rows))
+    judged = [row for row in results.rows if "diverged" not in row]
+    picture(judged, data, args.out)
+    print(table(judged))
     print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'autoregressive.png'}")
 
 

@@ -76,6 +76,19 @@ def test_fit_maximizes_the_likelihood_and_draws_are_of_what_was_learned():
     assert flipped == pytest.approx(0.1, abs=0.03)
 
 
+def test_free_bits_keep_latents_that_the_chain_rule_would_leave_unused():
+    torch.manual_seed(0)
+    x = ((torch.rand(400, D) < 0.1).float().cumsum(1)) % 2
+    rates = {}
+    for name in ("both", "both, free bits"):
+        model, guide, loss = SCRIPT["pairs"](D, 2, 20, 1.0)[name]()
+        options: dict[str, Any] = {"epochs": 20, "batch_size": 100, "progress": False}
+        pv.fit(model, guide, x, loss=loss, optimizer=adam(0.02), **options)
+        rates[name] = SCRIPT["use_of_latents"](model, guide, x, 0)["rate"]
+    assert rates["both"] < 0.4
+    assert rates["both, free bits"] > 0.7  # one nat is free
+
+
 def test_a_run_without_latents_is_kept_with_its_draws(tmp_path):
     model, guide, loss = pair("autoregressive")
     x = torch.rand(40, D).round()
@@ -115,6 +128,45 @@ def run(monkeypatch: Any, *args: str) -> None:
     runpy.run_path(str(PATH), run_name="__main__")
 
 
+def rows(monkeypatch: Any, out: Path, *args: str) -> list[dict[str, Any]]:
+    """The rows after a call, but for the time that they took."""
+    run(monkeypatch, "--out", str(out), "--models", "autoregressive", "both, free bits", *args)
+    found = json.loads((out / "results.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k != "train_seconds"} for row in found]
+
+
+def test_a_run_that_its_budget_cut_ends_where_an_uncut_one_does(monkeypatch, tmp_path):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    cut = rows(monkeypatch, tmp_path / "cut", "--budget", "1e-9")
+    assert [(row["epochs"], row["of_epochs"]) for row in cut] == [(1, 2), (1, 2)]
+    resumed = rows(monkeypatch, tmp_path / "cut")
+    assert [row["epochs"] for row in resumed] == [2, 2]
+    assert resumed == rows(monkeypatch, tmp_path / "uncut")
+
+
+def test_one_that_diverges_stops_no_other_and_is_not_tried_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    fit = pv.fit
+
+    def diverging(model: Any, *args: Any, **options: Any) -> pv.History:
+        if type(model).__name__ == "Direct":
+            raise pv.DivergedError("the loss turned NaN")
+        return fit(model, *args, **options)
+
+    monkeypatch.setattr("pyro_vae.fit", diverging)
+    bad, good = found = rows(monkeypatch, tmp_path)
+    assert (bad["epochs"], bad["of_epochs"], bad["diverged"], bad["finished"]) == (0, 2, True, True)
+    assert good["epochs"] == 2
+    assert "autoregressive: the loss turned NaN" in capsys.readouterr().out
+    monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
+    assert rows(monkeypatch, tmp_path) == found
+
+
+def test_a_budget_of_nothing_is_a_mistake(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"^autoregressive\.py: --budget: expected minutes > 0"):
+        run(monkeypatch, "--out", str(tmp_path), "--budget", "0")
+
+
 def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     out = ["--out", str(tmp_path), "--models", "autoregressive", "both, free bits"]
     run(monkeypatch, *out)
@@ -123,7 +175,7 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     assert (exact["name"], free["name"]) == ("autoregressive", "both, free bits")
     assert exact["log_evidence"] == pytest.approx(exact["elbo"], abs=1e-9)
     assert (exact["mean_standard_error"], exact["rate"], exact["num_particles"]) == (0, 0, 2)
-    assert free["log_evidence"] > free["elbo"]
+    assert "at most log N = 5.30 nats" in figures["protocol"]["use of latents"]  # of 200 data
     assert (tmp_path / "autoregressive.png").stat().st_size > 1000
     assert f"{free['log_evidence']:.3f}" in capsys.readouterr().out
     monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
