@@ -3,8 +3,8 @@
 Kingma and Welling (2014) train MNIST with 3, 5, 10, 20 and 200 latents and Frey Faces with 2, 5, 10
 and 20 by AEVB and by wake-sleep, and draw the bound of training and test data. Here AEVB stands
 twice, with the KL in closed form (their second estimator) and with all terms by Monte Carlo (their
-first), and what the closed form gains in the variance of the encoder's gradient is measured along
-training, on one minibatch.
+first), and what the closed form gains in the variance of the encoder's gradient (the decoder's is
+the same) is measured along training, on one minibatch.
 
 Their protocol: one hidden layer of tanh units, 500 for MNIST and 200 for Frey Faces, Adagrad with
 the best of the steps 0.01, 0.02 and 0.1 in the first steps, minibatches of 100, one draw a datum,
@@ -12,27 +12,29 @@ a prior N(0, I) of the decoder's weights, initial weights N(0, 0.01) (taken as a
 Faces a normal decoder with means in (0, 1) and a log-variance head. The paper gives a Bernoulli the
 grey levels of MNIST as they are, which is no density: its figure bounds no log p(x). Here MNIST is
 binarized, each pixel drawn once in proportion to its level, and Frey Faces are dequantized to a
-density on [0, 1], so that each figure is a bound; --intensities takes the grey levels as the paper
-does.
+density on [0, 1], so that each figure is a bound; --intensities takes the grey levels as they do.
+Errors of bounds: of the draws (standard error), and of data with their draws (sampling error).
 
     python experiments/aevb_bound.py --root ../shared/data --out runs/aevb_bound --device cuda
     python experiments/aevb_bound.py --root ../shared/data --epochs 20 --budget 60
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import time
+from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
@@ -40,12 +42,12 @@ import pyro_vae as pv
 
 SAMPLES = 1e8  # where the paper's curves end
 BATCH = 100
-METHODS: dict[str, Callable[[], Any]] = {
-    "AEVB": TraceMeanField_ELBO,
-    "AEVB, all by Monte Carlo": Trace_ELBO,
-    "wake-sleep": pv.WakeSleep,
+PARTS = {"train": "elbo", "test": "valid_elbo"}
+METHODS: dict[str, tuple[Callable[[], Any], str]] = {
+    "AEVB": (TraceMeanField_ELBO, "tab:blue"),
+    "AEVB, all by Monte Carlo": (Trace_ELBO, "tab:green"),
+    "wake-sleep": (pv.WakeSleep, "tab:red"),
 }
-COLOURS = dict(zip(METHODS, ("tab:blue", "tab:green", "tab:red"), strict=True))
 REPORTED = {
     "figure 2, MNIST": "-150 to -100 nats on the axis, AEVB above wake-sleep throughout",
     "figure 2, Frey Faces": "0 to 1600 nats of a density on the axis, AEVB above wake-sleep",
@@ -58,44 +60,25 @@ def sigmoid_normal(params: Tensor) -> Any:
     return dist.Normal(loc.sigmoid(), pv.families.exp_half(log_variance)).to_event(1)
 
 
-class Panel(NamedTuple):
-    """One data set of the figure, and what the paper uses and draws for it."""
-
-    data: str
-    prepare: Callable[[pv.Split], pv.Split]
-    family: Callable[[Tensor], Any]
-    num_params: int
-    hidden: int
-    latent_dims: tuple[int, ...]
-    limits: tuple[float, float] | None = None  # of the paper's axis, in nats
-
-
-bits = partial(
-    Panel, prepare=lambda raw: raw.binarize_static(), family=pv.families.bernoulli, num_params=1
-)
-greys = partial(Panel, prepare=lambda raw: raw.dequantize(), family=sigmoid_normal, num_params=2)
+# The paper's axes: -150 to -100 nats, which bits leave on both sides, and 0 to 1600.
+Panel = namedtuple("Panel", "family hidden latent_dims limits", defaults=[None])
 PANELS = {
-    "mnist": bits("mnist", hidden=500, latent_dims=(3, 5, 10, 20, 200), limits=(-150, -85)),
-    "frey_faces": greys("frey_faces", hidden=200, latent_dims=(2, 5, 10, 20), limits=(0, 1600)),
-    "digits": bits("digits", hidden=100, latent_dims=(2, 5)),
-    "grey_digits": greys("digits", hidden=100, latent_dims=(2, 5)),
+    "mnist": Panel(pv.families.bernoulli, 500, (3, 5, 10, 20, 200), (-180, -85)),
+    "frey_faces": Panel(sigmoid_normal, 200, (2, 5, 10, 20), (0, 1600)),
+    "digits": Panel(pv.families.bernoulli, 100, (2, 5)),
+    "grey_digits": Panel(sigmoid_normal, 100, (2, 5)),
 }
 
 
-def watched(data: pv.Split) -> pv.Split:
-    """The data with the test part in the place of the validation part: nothing is chosen by it."""
-    return dataclasses.replace(data, valid=data.test, labels=None, source=None)
-
-
-def build(panel: Panel, dim: int, latent_dim: int, hidden: int, seed: int) -> tuple[Any, Any]:
+def build(panel: Any, dim: int, latent_dim: int, hidden: int, seed: int) -> tuple[Any, Any]:
     """The paper's pair, with weights N(0, 0.01)."""
-    inward = pv.networks.mlp(dim, (2, latent_dim), hidden_dims=(hidden,), activation=nn.Tanh)
-    out = (panel.num_params, dim)
-    outward = pv.networks.mlp(latent_dim, out, hidden_dims=(hidden,), activation=nn.Tanh)
+    layers: dict[str, Any] = {"hidden_dims": (hidden,), "activation": nn.Tanh}
     to_normal = partial(pv.families.normal, to_scale=pv.families.exp_half, min_scale=0.0)
+    encoder = pv.Conditional(pv.networks.mlp(dim, (2, latent_dim), **layers), to_normal)
+    heads = 2 if panel.family is sigmoid_normal else 1
+    outward = pv.networks.mlp(latent_dim, (heads, dim), **layers)
     likelihood = pv.Conditional(outward, panel.family)
-    model = pv.Model(pv.priors.StandardNormal(latent_dim), likelihood)
-    guide = pv.Guide(pv.Conditional(inward, to_normal))
+    model, guide = pv.Model(pv.priors.StandardNormal(latent_dim), likelihood), pv.Guide(encoder)
     generator = torch.Generator().manual_seed(seed)
     for parameter in (*model.parameters(), *guide.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -104,241 +87,259 @@ def build(panel: Panel, dim: int, latent_dim: int, hidden: int, seed: int) -> tu
 
 def adagrad(model: nn.Module, guide: nn.Module, step: float, size: int) -> Any:
     """Makes the optimizer: N(0, I) over the decoder's weights counts once in an epoch."""
-    groups = [
-        {"params": [*model.parameters()], "weight_decay": BATCH / size},
-        {"params": [*guide.parameters()]},
-    ]
-    return lambda _: torch.optim.Adagrad(groups, lr=step)
+    groups = [{"params": [*model.parameters()], "weight_decay": BATCH / size}]
+    return lambda _: torch.optim.Adagrad([*groups, {"params": [*guide.parameters()]}], lr=step)
 
 
 def chosen_step(
     make: Callable[[], tuple[Any, Any]], loss: Any, data: pv.Split, steps: list[float], count: int
 ) -> float:
     """The step size whose bound is best at the end of the first minibatches."""
-    if len(steps) == 1:
-        return steps[0]
-    last = max(count // 4, 1)
-    found, refresh = {}, data.refresh or (lambda x: x)
-    for step in steps:
+    found, refresh = {steps[0]: 0.0}, data.refresh or (lambda x: x)
+    for step in steps if len(steps) > 1 else ():
         model, guide = make()
         optimizer = adagrad(model, guide, step, len(data.train))
         svi = pv.SVI(model, guide, optimizer, loss(), compile=False)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), pyro.validation_enabled(is_validate=data.is_density):
             torch.manual_seed(0)
             order = torch.randint(len(data.train), (count, BATCH))
             terms = [svi.update(refresh(data.train[rows])) for rows in order]
-        bound = -sum((t.distortion + t.rate).item() for t in terms[-last:])
+        bound = -sum((t.distortion + t.rate).item() for t in terms[-max(count // 4, 1) :])
         found[step] = bound if math.isfinite(bound) else -math.inf
     return max(found, key=lambda step: found[step])
 
 
-def gradient_variance(
-    loss: Any, model: Any, guide: Any, x: Tensor, params: list[Tensor], draws: int
-) -> float:
-    """The variance of a gradient over draws of its noise, summed over its entries."""
-    found = []
-    for _ in range(draws):
-        gradient = torch.autograd.grad(loss.differentiable_loss(model, guide, x), params)
-        found.append(torch.cat([g.flatten() for g in gradient]))
-    return torch.stack(found).var(0).sum().item()
+def noise(model: Any, guide: Any, data: pv.Split, draws: int, seed: int) -> list[float]:
+    """Variances of the encoder's gradient without and with the closed form; error of a / b."""
+    params, squares = [*guide.parameters()], []
+    x = data.test[:BATCH].to(params[0].device)
+    # Training goes on with its own noise.
+    with torch.random.fork_rng(), pyro.validation_enabled(is_validate=data.is_density):
+        torch.manual_seed(seed)
+        for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
+            bounds = (loss.differentiable_loss(model, guide, x) for _ in range(draws))
+            found = [torch.autograd.grad(bound, params) for bound in bounds]
+            rows = torch.stack([torch.cat([g.flatten() for g in of_draw]) for of_draw in found])
+            squares.append((rows - rows.mean(0)).double().square().sum(1) * draws / (draws - 1))
+    a, b = (away.mean().item() for away in squares)
+    errors = ((away.std() / away.mean()).item() / draws**0.5 for away in squares)
+    return [a, b, a / b * math.hypot(*errors)]
 
 
-class Noise:
-    """Measures, after epochs 1, 2, 4, 8..., the variance of the encoder's gradient.
-
-    Of the decoder's gradient both estimators have the same.
-    """
-
-    def __init__(self, path: Path, model: Any, guide: Any, x: Tensor, draws: int) -> None:
-        self.path, self.pair, self.x, self.draws = path, (model, guide), x, draws
-        self.found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        """Measure if it is time."""
-        epoch = record["epoch"]
-        if epoch & (epoch - 1):
-            return
-        params = [*self.pair[1].parameters()]
-        x = self.x.to(params[0].device)
-        with torch.random.fork_rng():  # training goes on with its own noise
-            torch.manual_seed(epoch)
-            self.found[str(epoch)] = [
-                gradient_variance(loss, *self.pair, x, params, self.draws)
-                for loss in (Trace_ELBO(), TraceMeanField_ELBO())
-            ]
-        self.path.write_text(json.dumps(self.found))
+def with_errors(bound: float, model: Any, guide: Any, x: Tensor, size: int) -> dict[str, float]:
+    """The bound of so many data with a draw each; errors of the draws, and of data with draws."""
+    log_w = pv.log_weights(model, guide, x, num_particles=2).double()
+    variances = {"standard_error": log_w.var(0).mean(), "sampling_error": log_w.flatten().var()}
+    return {"value": bound} | {k: (v / size).sqrt().item() for k, v in variances.items()}
 
 
-def thinned(history: pv.History, size: int) -> dict[str, list[float]]:
+def thinned(records: list[dict[str, Any]], size: int) -> dict[str, list[float]]:
     """At most some hundred points of the curves, evenly on the logarithmic axis."""
-    count = len(history.records)
-    epochs = sorted({round(count ** (i / 100)) for i in range(101)})
-    rows = [history.records[epoch - 1] for epoch in epochs]
-    curves = {"train": [r["elbo"] for r in rows], "test": [r["valid_elbo"] for r in rows]}
+    epochs = {round(len(records) ** (i / 100)) for i in range(101)}
+    rows = [row for row in records if row["epoch"] in epochs]
+    curves = {key: [row[of] for row in rows] for key, of in PARTS.items()}
     return {"samples": [row["epoch"] * size for row in rows], **curves}
 
 
-def picture(results: pv.Results, facts: dict[str, Any], names: list[str], path: Path) -> None:
+def advantages(rows: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, Any]:
+    """AEVB's nats above wake-sleep where the shorter curve ends; errors as if of unlike data."""
+    found, there = {}, {row["name"]: row for row in rows if "diverged" not in row}
+    for name in (name for name, row in there.items() if row["method"] == "AEVB"):
+        pair = [name, name.replace(", AEVB,", ", wake-sleep,")]
+        if pair[1] in there:
+            x = min(curves[n]["samples"][-1] for n in pair)
+            facts: dict[str, Any] = {"samples": x}
+            for part in PARTS:
+                a, b = (float(np.interp(x, curves[n]["samples"], curves[n][part])) for n in pair)
+                error = math.hypot(*(there[n][f"{part}_bound"]["sampling_error"] for n in pair))
+                facts[part] = {"value": a - b, "standard_error": error}
+            found[name.replace(", AEVB,", ",")] = facts
+    return found
+
+
+def picture(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
     """A row of panels for each data set, and what the closed form gains at the end of the row."""
-    rows = results.rows
-    columns = 1 + max(len({r["latent_dim"] for r in rows if r["data"] == name}) for name in names)
-    figure = Figure(figsize=(2.6 * columns, 2.7 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for name, line in zip(names, grid, strict=True):
-        mine = [row for row in rows if row["data"] == name]
-        latents = sorted({row["latent_dim"] for row in mine})
-        for axes, latent_dim in zip(line, latents, strict=False):
-            axes.set_visible(True)
-            for row in (row for row in mine if row["latent_dim"] == latent_dim):
-                curve = facts["curves"][row["name"]]
-                colour, first = COLOURS[row["method"]], row["seed"] == mine[0]["seed"]
-                label = row["method"] if first else None
-                axes.plot(curve["samples"], curve["train"], "-", color=colour, label=label)
-                axes.plot(curve["samples"], curve["test"], "--", color=colour)
-            axes.set_title(f"{name}, {latent_dim} latents", fontsize=9)
-            axes.set_ylim(PANELS[name].limits)
-        line[0].set_ylabel("bound, nats per datum")
-        line[0].legend(fontsize=6, title="train (dashed: test)", title_fontsize=6)
-        line[-1].set_visible(True)
-        for row in mine:
-            found = facts["gradient_variance"].get(row["name"])
-            if found:
-                samples = [row["num_train"] * int(epoch) for epoch in found]
-                label = f"{row['latent_dim']} latents"
-                line[-1].plot(samples, [a / b for a, b in found.values()], ".-", label=label)
-        line[-1].axhline(1.0, color="grey", linewidth=0.8)
-        line[-1].set_ylabel("variance, Monte Carlo / closed form", fontsize=7)
-        line[-1].set_title("gradient of the encoder", fontsize=9)
-        if line[-1].get_legend_handles_labels()[0]:
-            line[-1].legend(fontsize=6)
+    names = dict.fromkeys(row["data"] for row in rows)
+    latents = {n: sorted({r["latent_dim"] for r in rows if r["data"] == n}) for n in names}
+    shape = len(latents), 1 + max(map(len, latents.values()))
+    figure = Figure(figsize=(2.6 * shape[1], 2.7 * shape[0]), layout="constrained")
+    grid = dict(zip(latents, figure.subplots(*shape, squeeze=False), strict=True))
+    for name, line in grid.items():
         for axes in line:
             axes.set(xscale="log", xlabel="training samples evaluated")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.minorticks_off()
+            axes.set_visible(axes in (*line[: len(latents[name])], line[-1]))
+        line[-1].axhline(1.0, color="grey", linewidth=0.8)
+        line[-1].set_title("gradient of the encoder:\nvariance by MC / closed form", fontsize=8)
+        line[0].set_ylabel("bound, nats per datum")
+    for row in rows:
+        name, line, curve = row["data"], grid[row["data"]], facts["curves"][row["name"]]
+        axes, of = line[latents[name].index(row["latent_dim"])], f"{row['latent_dim']} latents"
+        x, colour = curve["samples"], METHODS[row["method"]][1]
+        label = row["method"] if row["seed"] == rows[0]["seed"] else None
+        axes.plot(x, curve["train"], color=colour, label=label)
+        axes.plot(x, curve["test"], "--", color=colour)
+        axes.set(ylim=PANELS[name].limits, title=f"{name}, {of}")
+        if found := facts["gradient_variance"].get(row["name"]):
+            samples = [row["num_train"] * int(epoch) for epoch in found]
+            gains = [a / b for a, b, *_ in found.values()]
+            errors = [error[0] if error else 0.0 for _, _, *error in found.values()]
+            line[-1].errorbar(samples, gains, errors, fmt=".-", label=of)
+            line[-1].legend(fontsize=6)
+        line[0].legend(fontsize=6, title="train (dashed: test)", title_fontsize=6)
     figure.savefig(path, dpi=150)
+
+
+class Training:
+    """One of all: a method with a number of latents, on one data set."""
+
+    def __init__(
+        self, job: Any, args: Any, data: pv.Split, results: pv.Results, facts: Any
+    ) -> None:
+        name, latent_dim, self.method, self.seed = job
+        self.args, self.data, self.results, self.facts = args, data, results, facts
+        hidden = args.hidden or PANELS[name].hidden
+        self.made = partial(build, PANELS[name], data.dim, latent_dim, hidden, self.seed)
+        self.epochs = args.epochs or math.ceil(SAMPLES / len(data.train))
+        self.label = "{}, {} latents, {}, seed {}".format(*job)
+        self.run = args.out / f"{name}-{latent_dim}-{[*METHODS].index(self.method)}-seed{self.seed}"
+        self.row: dict[str, Any] = {"data": name, "latent_dim": latent_dim, "method": self.method}
+        self.row |= {"seed": self.seed, "epochs": 0}
+        for row in (row for row in results.rows if row["name"] == self.label):
+            self.row |= {key: figure for key, figure in row.items() if key != "name"}
+
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return "diverged" in self.row or self.row["epochs"] >= self.epochs
+
+    def train(self, seconds: float) -> None:
+        """Train for so many seconds at most, and keep what came of it."""
+        args, row, loss, size = self.args, self.row, METHODS[self.method][0], len(self.data.train)
+        until = time.monotonic() + seconds
+        step = row.get("step") or chosen_step(self.made, loss, self.data, args.steps, args.pilot)
+        model, guide = self.made()
+
+        def watch(record: dict[str, Any]) -> None:
+            epoch = record["epoch"]
+            if self.method == "AEVB" and epoch.bit_count() == 1:
+                measured = noise(model, guide, self.data, args.draws, epoch)
+                self.facts["gradient_variance"].setdefault(self.label, {})[str(epoch)] = measured
+                self.results.note(**self.facts)
+
+        # The test data stand in the place of the validation data: nothing is chosen by them.
+        watched = replace(self.data, valid=self.data.test, labels=None, source=None)
+        options: dict[str, Any] = {"batch_size": BATCH, "seed": self.seed, "out": self.run}
+        options |= {"resume": (self.run / "config.json").is_file(), "device": args.device}
+        options |= {"optimizer": adagrad(model, guide, step, size), "epochs": self.epochs}
+        options |= {"max_seconds": max(until - time.monotonic(), 0.001), "callbacks": [watch]}
+        try:
+            records = pv.fit(model, guide, watched, loss=loss(), pictures=False, **options).records
+        except pv.DivergedError as error:  # the others go on
+            print(f"{self.label}: {error}")
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            records, row["diverged"] = [json.loads(line) for line in lines], True
+        self.facts["curves"][self.label] = thinned(records, size)
+        self.results.note(**self.facts)
+        row |= {"step": step, "num_train": size, "epochs": len(records), "of_epochs": self.epochs}
+        if "diverged" in row:
+            self.results.put(self.label, **row)
+        else:
+            row |= {"train_bound": records[-1]["elbo"], "test_bound": records[-1]["valid_elbo"]}
+            row |= {"seconds_per_epoch": records[-1]["seconds"] / len(records)}
+            self.judge(model, guide)
+
+    def judge(self, model: Any, guide: Any) -> None:
+        """Add the errors to the row, and keep it."""
+        row = {key: figure for key, figure in self.row.items() if "gain" not in key}
+        self.row, data = row, self.data
+        with torch.random.fork_rng(), pyro.validation_enabled(is_validate=data.is_density):
+            torch.manual_seed(0)
+            some = (data.refresh or (lambda x: x))(data.train[: len(data.test)])
+            for part, x in (("train", some), ("test", data.test)):
+                pair, size = (model, guide), len(getattr(data, part))
+                row[f"{part}_bound"] = with_errors(row[f"{part}_bound"], *pair, x, size)
+        if self.method == "AEVB":
+            a, b, error = noise(model, guide, data, self.args.draws, 0)
+            row["variance_gain"] = {"value": a / b, "standard_error": error}
+        self.results.put(self.label, **row)
+        said = ", ".join(f"{row[f'{part}_bound']['value']:.2f} {part}" for part in PARTS)
+        print(
+            f"{self.label}: {said}, nats per datum, after {row['epochs']} of {self.epochs} epochs"
+        )
 
 
 def main() -> None:
     """Train every method with every number of latents, as far as the budget goes, and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", nargs="+", default=["mnist", "frey_faces"], choices=[*PANELS])
-    parser.add_argument("--root", help="folder of the data sets")
-    parser.add_argument("--intensities", action="store_true", help="grey levels as in the paper")
-    parser.add_argument("--out", type=Path, default=Path("runs/aevb_bound"))
-    parser.add_argument("--epochs", type=int, help="by default so many as make 10^8 samples")
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, help="minutes of training in this call"
-    )
-    parser.add_argument("--latent-dims", type=int, nargs="+", help="the paper's by default")
-    parser.add_argument("--hidden", type=int, help="hidden units; the paper's by default")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
-    parser.add_argument("--steps", type=float, nargs="+", default=[0.01, 0.02, 0.1])
-    parser.add_argument("--pilot", type=int, default=100, help="minibatches that choose the step")
-    parser.add_argument("--draws", type=int, default=20, help="of each gradient, for its variance")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--smoke", action="store_true", help="seconds: digits, tiny networks")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["mnist", "frey_faces"], choices=[*PANELS])
+    add("--root", help="folder of the data sets")
+    add("--intensities", action="store_true", help="grey levels as in the paper")
+    add("--out", type=Path, default=Path("runs/aevb_bound"))
+    add("--epochs", type=int, help="by default so many as make 10^8 samples")
+    add("--budget", type=float, default=math.inf, help="minutes of this call, with judging")
+    add("--latent-dims", type=int, nargs="+", help="the paper's by default")
+    add("--hidden", type=int, help="hidden units; the paper's by default")
+    add("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
+    add("--steps", type=float, nargs="+", default=[0.01, 0.02, 0.1])
+    add("--pilot", type=int, default=100, help="minibatches that choose the step")
+    add("--draws", type=int, default=20, help="of each gradient, for its variance")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--device", default="auto")
+    add("--smoke", action="store_true", help="seconds: digits, tiny networks")
     args = parser.parse_args()
     if args.smoke:
-        args.data, args.latent_dims, args.hidden, args.epochs = ["grey_digits"], [2], 8, 2
-        args.pilot, args.draws = 3, 4
-
+        args.data = ["digits" if args.intensities else "grey_digits"]
+        args.latent_dims, args.hidden, args.epochs, args.pilot, args.draws = [2], 8, 2, 3, 4
+    for name, least in {"epochs": 1, "hidden": 1, "pilot": 1, "draws": 2, "budget": 1e-6}.items():
+        if (given := getattr(args, name)) is not None and not given >= least:
+            raise ValueError(f"--{name}: expected at least {least}, got {given}.")
     sets = {}
     for name in args.data:
-        raw = pv.load_data(PANELS[name].data, root=args.root)
-        sets[name] = raw.intensities() if args.intensities else PANELS[name].prepare(raw)
+        raw = pv.load_data(name.removeprefix("grey_"), root=args.root)
+        way = "dequantize" if PANELS[name].family is sigmoid_normal else "binarize_static"
+        sets[name] = getattr(raw, "intensities" if args.intensities else way)()
         print(sets[name].summary())
     wanted = {n: args.epochs or math.ceil(SAMPLES / len(d.train)) for n, d in sets.items()}
-    results = pv.Results(
-        args.out / "results.json",
-        title="The bound against the number of training samples",
-        protocol={
-            "data": " ".join(data.summary() for data in sets.values()),
-            "epochs": str(wanted),
-            "model": "N(0, I) prior, one hidden layer of tanh units on each side "
-            + ", ".join(f"({name}: {args.hidden or PANELS[name].hidden})" for name in sets)
-            + ", diagonal normal guide; Bernoulli decoder for bits, else a normal with means in "
-            "(0, 1) and a log-variance head; initial weights N(0, 0.01)",
-            "training": f"Adagrad, the best of the steps {args.steps} in {args.pilot} minibatches, "
-            f"batch {BATCH}, one draw, prior N(0, I) of the decoder's weights",
-            "figures": "training bound: mean over the epoch; test bound: at its end, one draw; "
-            f"variance of the encoder's gradient on {BATCH} test data, {args.draws} draws",
-        },
-        device=args.device,
-    )
-    results.note(as_reported=REPORTED)
+    protocol = {
+        "data": " ".join(data.summary() for data in sets.values()),
+        "epochs": str(wanted),
+        "model": "N(0, I) prior, one hidden layer of tanh units on each side "
+        + ", ".join(f"({name}: {args.hidden or PANELS[name].hidden})" for name in sets)
+        + ", diagonal normal guide; Bernoulli decoder for bits, else a normal with means in "
+        "(0, 1) and a log-variance head; initial weights N(0, 0.01)",
+        "training": f"Adagrad, the best of the steps {args.steps} in {args.pilot} minibatches, "
+        f"batch {BATCH}, one draw, prior N(0, I) of the decoder's weights",
+        "figures": "training bound: mean over the epoch; test bound: at its end, one draw; "
+        f"variance of the encoder's gradient on {BATCH} test data, {args.draws} draws",
+    }
+    out, title = args.out / "results.json", "The bound against the number of training samples"
+    results = pv.Results(out, title=title, protocol=protocol, device=args.device)
     kept = json.loads(results.path.read_text())
     facts = {key: kept.get(key, {}) for key in ("curves", "gradient_variance")}
     jobs = [
-        (name, latent_dim, method, seed)
+        Training((name, latent_dim, method, seed), args, data, results, facts)
         for seed in args.seeds
-        for name in sets
+        for name, data in sets.items()
         for latent_dim in args.latent_dims or PANELS[name].latent_dims
         for method in args.methods
     ]
-    pending = []
+    until = time.monotonic() + 60 * args.budget
     for job in jobs:
-        label = f"{job[0]}, {job[1]} latents, {job[2]}, seed {job[3]}"
-        if label not in results or results[label]["epochs"] < wanted[job[0]]:
-            pending.append((label, *job))
-    left = 60 * args.budget
-    for number, (label, name, latent_dim, method, seed) in enumerate(pending):
-        panel, data, loss = PANELS[name], watched(sets[name]), METHODS[method]
-        make = partial(build, panel, data.dim, latent_dim, args.hidden or panel.hidden, seed)
-        known = results[label]["step"] if label in results else None
-        step = known or chosen_step(make, loss, data, args.steps, args.pilot)
-        run = args.out / f"{name}-{latent_dim}-{[*METHODS].index(method)}-seed{seed}"
-        model, guide = make()
-        noise = Noise(run.with_suffix(".json"), model, guide, data.test[:BATCH], args.draws)
-        began = time.perf_counter()
-        try:
-            history = pv.fit(
-                model,
-                guide,
-                data,
-                loss=loss(),
-                optimizer=adagrad(model, guide, step, len(data.train)),
-                epochs=wanted[name],
-                batch_size=BATCH,
-                seed=seed,
-                max_seconds=max(left, 0.001) / (len(pending) - number),
-                out=run,
-                resume=(run / "config.json").is_file(),
-                device=args.device,
-                callbacks=[noise] if method == "AEVB" else [],
-                pictures=False,
-            )
-        except pv.DivergedError as error:  # the others go on
-            print(f"{label}: {error}")
-            continue
-        left -= time.perf_counter() - began
-        done, last = len(history.records), history.records[-1]
-        facts["curves"][label] = thinned(history, len(data.train))
-        facts["gradient_variance"] |= {label: noise.found} if noise.found else {}
-        results.note(**facts)
-        gain = [a / b for a, b in noise.found.values()]
-        results.put(
-            label,
-            data=name,
-            latent_dim=latent_dim,
-            method=method,
-            seed=seed,
-            step=step,
-            num_train=len(data.train),
-            epochs=done,
-            of_epochs=wanted[name],
-            train_bound=last["elbo"],
-            test_bound=last["valid_elbo"],
-            seconds_per_epoch=last["seconds"] / done,
-            **({"variance_gain_first": gain[0], "variance_gain_last": gain[-1]} if gain else {}),
-        )
-        bounds = f"{last['elbo']:.2f} training, {last['valid_elbo']:.2f} test, nats per datum"
-        print(f"{label}: {bounds}, after {done} of {wanted[name]} epochs")
-    drawn = [name for name in sets if any(row["data"] == name for row in results.rows)]
-    picture(results, facts, drawn, args.out / "aevb_bound.png")
+        if isinstance(job.row.get("test_bound"), float):  # kept without its errors
+            model, guide = job.made()
+            job.judge(*pv.load(job.run, model=model, guide=guide))
+    pending = [job for job in jobs if not job.ended()]
+    for number, job in enumerate(pending):
+        if (left := until - time.monotonic()) > 0:
+            job.train(left / (len(pending) - number))
+        else:
+            print(f"{job.label}: no time left; call again")
+    results.note(aevb_above_wake_sleep=advantages(results.rows, facts["curves"]))
+    results.note(finished=all(job.ended() for job in jobs), as_reported=REPORTED)
+    if results.rows:
+        picture(results.rows, facts, args.out / "aevb_bound.png")
     print(f"figures: {results.path}; picture: {args.out / 'aevb_bound.png'}")
 
 
@@ -346,4 +347,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        raise SystemExit(f"aevb_bound: {error}") from None
+        raise SystemExit(f"aevb_bound.py: {error}") from None
