@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -130,12 +131,12 @@ def test_the_error_of_a_bound_is_that_of_its_draws_and_data():
 
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(len(x)), 1.0))
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
             pyro.factor("x", z + x[:, 0])
 
     def guide(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", pyro.distributions.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
     found = NAMES["with_errors"](3.0, model, guide, x, 100)
     assert found == {

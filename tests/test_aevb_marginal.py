@@ -60,7 +60,7 @@ def test_monte_carlo_em_learns_and_goes_on_where_it_was(tmp_path):
     after = pv.log_evidence(model, pv.from_prior(model), x[:5], num_particles=100).mean
     assert after > before + 5
     again, _ = NAMES["build"](30, 2, 8, seed=1)
-    resumed = NAMES["MonteCarloEM"](again, x, 0.1, 1, tmp_path / "em.pt")
+    resumed = NAMES["MonteCarloEM"](again, x, 0.1, 0, tmp_path / "em.pt")
     assert resumed.passes == 4
     for _ in range(4):
         resumed.run_pass()
@@ -78,12 +78,19 @@ def test_epochs_are_judged_evenly_on_a_logarithmic_axis(tmp_path, monkeypatch, m
     args = argparse.Namespace(points=3, images=2)
     judge = NAMES["Judge"](results, torch.zeros(4, 2), torch.zeros(4, 2), 100, method, 0, args)
     monkeypatch.setitem(
-        NAMES["Judge"].__call__.__globals__, "judged", lambda *_: {"": {"value": 0.0}}
+        NAMES["Judge"].__call__.__globals__,
+        "judged",
+        lambda *_: {"": {"value": 0.0}, " annealed": {"value": 0.0}},
     )
     for epoch in range(1, 101):
         if method == "AEVB" or epoch % 5 == 0:
             judge(torch.nn.Linear(1, 1), None, epoch, 0.0)
     assert [row["epochs"] for row in results.rows] == expected
+    assert [row.get("of_epochs") for row in results.rows] == [None, None, 100]
+    assert judge.ended()
+    args.points = 4
+    with pytest.raises(ValueError, match=r"--points: .*r\.json has fewer"):
+        judge.ended()
 
 
 def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, capsys):
@@ -99,12 +106,12 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
             assert abs(ours["value"] - annealed["value"]) < 6 * error + 0.5
     assert "as_reported" in figures
     assert (out / "aevb_marginal.png").stat().st_size > 1000
-    assert "test, nats per datum" in capsys.readouterr().out
+    assert "nats per datum" in capsys.readouterr().out
     run(monkeypatch, "--smoke", "--out", str(out))
     assert "nats per datum" not in capsys.readouterr().out
     assert json.loads((out / "results.json").read_text()) == figures
 
 
 def test_a_mistake_is_one_line(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="aevb_marginal: --sizes: expected 100 to 1297"):
+    with pytest.raises(SystemExit, match=r"aevb_marginal\.py: --sizes: expected 100 to 1297"):
         run(monkeypatch, "--data", "digits", "--sizes", "5000", "--out", str(tmp_path))
