@@ -27,7 +27,7 @@ def figures(out: Path) -> dict[str, Any]:
 
 
 def test_the_decoder_of_greys_is_a_normal_by_its_log_variance():
-    params = torch.tensor([[[0.3, -1.0]], [[0.8, -2.0]]]).movedim(0, -2)  # (1, 2, D)
+    params = torch.tensor([[[0.3, -1.0], [0.8, -2.0]]])  # means before the sigmoid, log-variances
     x = torch.tensor([[0.1, 0.9]])
     loc, log_variance = 1 / (1 + torch.exp(-params[:, 0])), params[:, 1]
     by_hand = -0.5 * (math.log(2 * math.pi) + log_variance + (x - loc) ** 2 / log_variance.exp())

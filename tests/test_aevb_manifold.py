@@ -63,5 +63,5 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
 
 
 def test_a_mistake_is_one_line(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="aevb_manifold: root: "):
+    with pytest.raises(SystemExit, match=r"aevb_manifold\.py: root: "):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))

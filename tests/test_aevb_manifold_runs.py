@@ -1,0 +1,83 @@
+"""Trainings of figures 4 and 5: cuts by the budget, divergence, mistakes."""
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyro_vae as pv
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_manifold.py"
+NAMES = runpy.run_path(str(SCRIPT))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, "--smoke", *args])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def figures(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_the_decoder_of_greys_is_a_normal_by_its_log_variance():
+    params = torch.tensor([[[0.3, -1.0], [0.8, -2.0]]])  # means before the sigmoid, log-variances
+    x = torch.tensor([[0.1, 0.9]])
+    loc, log_variance = 1 / (1 + torch.exp(-params[:, 0])), params[:, 1]
+    by_hand = -0.5 * (math.log(2 * math.pi) + log_variance + (x - loc) ** 2 / log_variance.exp())
+    found = NAMES["sigmoid_normal"](params)
+    torch.testing.assert_close(found.log_prob(x), by_hand.sum(-1))
+
+
+def test_initial_weights_have_a_variance_of_a_hundredth():
+    model, guide = NAMES["build"](NAMES["KINDS"]["digits"], 64, 5, 100, seed=0)
+    weights = torch.cat([p.flatten() for p in (*model.parameters(), *guide.parameters())])
+    assert weights.var().item() == pytest.approx(0.01, rel=5 * (2 / len(weights)) ** 0.5)
+    assert weights.mean().abs() < 5 * 0.1 / len(weights) ** 0.5
+
+
+def test_a_cut_by_the_budget_goes_on_where_it_was(monkeypatch, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    run(monkeypatch, "--out", str(whole))
+    run(monkeypatch, "--budget", "0.00001", "--out", str(out))
+    cut = figures(out)
+    assert [(row["latent_dim"], row["epochs"]) for row in cut["rows"]] == [(2, 1)]
+    assert cut["finished"] is False
+    run(monkeypatch, "--out", str(out))
+    for found in (expected := figures(whole)), (again := figures(out)):
+        assert found["finished"] is True
+        for row in found["rows"]:
+            del row["seconds_per_epoch"]
+    assert again["rows"] == expected["rows"]
+
+
+def test_what_diverges_gets_a_row_and_stops_no_other(monkeypatch, tmp_path, capsys):
+    fit, calls = pv.fit, []
+
+    def diverging(*args: Any, **options: Any) -> Any:
+        calls.append(options["out"].name)
+        if len(calls) > 1:
+            return fit(*args, **options)
+        fit(*args, **{**options, "epochs": 1})
+        raise pv.DivergedError("the loss is NaN")
+
+    monkeypatch.setattr(pv, "fit", diverging)
+    run(monkeypatch, "--out", str(tmp_path / "out"))
+    assert "digits, 2 latents, seed 0: the loss is NaN" in capsys.readouterr().out
+    found = figures(tmp_path / "out")
+    epochs = [(row.get("diverged"), row["epochs"]) for row in found["rows"]]
+    assert epochs == [(True, 1), (None, 2), (None, 2)]
+    assert found["finished"] is True
+    run(monkeypatch, "--out", str(tmp_path / "out"))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--budget", "--num-particles", "--size"])
+def test_a_number_too_small_is_one_line(monkeypatch, tmp_path, flag):
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, "--out", str(tmp_path), flag, "0"])
+    with pytest.raises(SystemExit, match=rf"^aevb_manifold\.py: {flag}: expected more than 0"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
