@@ -257,7 +257,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(*points, style, color=COLOURS[method], label=label)
         axes.set(xscale="log", xlabel="training samples evaluated")
         axes.set(ylabel="log p(x), nats per datum", title=f"{size:,} training data")
-        axes.minorticks_off()
+        axes.xaxis.set_minor_formatter("")  # minor ticks, without labels
         axes.legend(fontsize=6, title="train (dashed: test; crosses: annealed)", title_fontsize=6)
     figure.savefig(path, dpi=150)
 
