@@ -245,7 +245,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         told = [row.get("as_reported", math.nan) for row in own]
         known = any(not math.isnan(value) for value in told)
         axes.plot(at, told, "x", ms=8, label=f"{label}, as reported" if known else None, **style)
-        if any("weighted" in row for row in own):
+        if any(row.get("num_annealed") for row in own):
             found = [figure_of(row, weighted=False) for row in own]
             axes.plot(at, found, "+", ms=9, label=f"{label}, annealed", **style)
     axes.set_xticks(range(len(names)), names)
