@@ -119,9 +119,7 @@ def test_a_training_that_diverges_is_told_and_does_not_end_the_study(monkeypatch
     assert f"{lost['name']}: diverged" in capsys.readouterr().out
 
 
-def test_a_budget_changes_no_figure_and_a_seed_more_begins_nothing_anew(
-    monkeypatch, tmp_path, capsys
-):
+def test_a_call_measures_every_estimator_and_is_not_repeated(monkeypatch, tmp_path, capsys):
     figures = call(monkeypatch, tmp_path / "run", "--smoke")
     assert len(figures["rows"]) == 3
     for row in figures["rows"]:
@@ -139,16 +137,22 @@ def test_a_budget_changes_no_figure_and_a_seed_more_begins_nothing_anew(
     assert f"{figures['rows'][0]['log_evidence']:.3f}" in capsys.readouterr().out
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes seconds
+    with monkeypatch.context() as finished:
+        finished.setattr(pv, "fit", None)
+        finished.setattr(pv, "SVI", None)
+        assert call(monkeypatch, tmp_path / "run", "--smoke") == figures
+
+
+@pytest.mark.slow
+def test_a_budget_changes_no_figure_and_a_seed_more_begins_nothing_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes seconds
+    figures = call(monkeypatch, tmp_path / "run", "--smoke")
     cut = call(monkeypatch, tmp_path / "cut", "--smoke", "--budget", "1e-9")
     assert [(row["epochs"], row["finished"]) for row in cut["rows"]] == [(1, False)] * 3
     assert list(cut["noise"]) == ["0", "1"]
     resumed = call(monkeypatch, tmp_path / "cut", "--smoke")
     assert without_times(resumed) == without_times(figures)
 
-    with monkeypatch.context() as finished:
-        finished.setattr(pv, "fit", None)
-        finished.setattr(pv, "SVI", None)
-        assert call(monkeypatch, tmp_path / "run", "--smoke") == figures
     records = [{"seconds": 1.0}] * 2
     monkeypatch.setattr(pv, "fit", lambda *_, **__: pv.History(records=records))
     more = call(monkeypatch, tmp_path / "run", "--smoke", "--seeds", "1", "0")
