@@ -250,8 +250,7 @@ class Training:
 
     def judge(self, model: Any, guide: Any) -> None:
         """Add the errors to the row, and keep it."""
-        row = {key: figure for key, figure in self.row.items() if "gain" not in key}
-        self.row, data = row, self.data
+        row, data = self.row, self.data
         with torch.random.fork_rng(), pyro.validation_enabled(is_validate=data.is_density):
             torch.manual_seed(0)
             some = (data.refresh or (lambda x: x))(data.train[: len(data.test)])
@@ -326,10 +325,6 @@ def main() -> None:
         for method in args.methods
     ]
     until = time.monotonic() + 60 * args.budget
-    for job in jobs:
-        if isinstance(job.row.get("test_bound"), float):  # kept without its errors
-            model, guide = job.made()
-            job.judge(*pv.load(job.run, model=model, guide=guide))
     pending = [job for job in jobs if not job.ended()]
     for number, job in enumerate(pending):
         if (left := until - time.monotonic()) > 0:

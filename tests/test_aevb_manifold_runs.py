@@ -1,13 +1,12 @@
 """Trainings of figures 4 and 5: cuts by the budget, divergence, mistakes."""
 
-import json
-import math
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from scripts import figures, run_script
 
 import pyro_vae as pv
 
@@ -15,29 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_manifold.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, "--smoke", *args])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def figures(out: Path) -> dict[str, Any]:
-    return json.loads((out / "results.json").read_text())
-
-
-def test_the_decoder_of_greys_is_a_normal_by_its_log_variance():
-    params = torch.tensor([[[0.3, -1.0], [0.8, -2.0]]])  # means before the sigmoid, log-variances
-    x = torch.tensor([[0.1, 0.9]])
-    loc, log_variance = 1 / (1 + torch.exp(-params[:, 0])), params[:, 1]
-    by_hand = -0.5 * (math.log(2 * math.pi) + log_variance + (x - loc) ** 2 / log_variance.exp())
-    found = NAMES["sigmoid_normal"](params)
-    torch.testing.assert_close(found.log_prob(x), by_hand.sum(-1))
-
-
-def test_initial_weights_have_a_variance_of_a_hundredth():
-    model, guide = NAMES["build"](NAMES["KINDS"]["digits"], 64, 5, 100, seed=0)
-    weights = torch.cat([p.flatten() for p in (*model.parameters(), *guide.parameters())])
-    assert weights.var().item() == pytest.approx(0.01, rel=5 * (2 / len(weights)) ** 0.5)
-    assert weights.mean().abs() < 5 * 0.1 / len(weights) ** 0.5
+run = partial(run_script, SCRIPT, "--smoke")
 
 
 def test_a_cut_by_the_budget_goes_on_where_it_was(monkeypatch, tmp_path):

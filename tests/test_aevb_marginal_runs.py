@@ -1,8 +1,8 @@
 """Trainings of figure 3: chains that reach the posterior, cuts, files of others, divergence."""
 
 import argparse
-import json
 import runpy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pyro import poutine
+from scripts import figures, run_script
 
 import pyro_vae as pv
 
@@ -17,13 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_marginal.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, "--smoke", *args])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def figures(out: Path) -> dict[str, Any]:
-    return json.loads((out / "results.json").read_text())
+run = partial(run_script, SCRIPT, "--smoke")
 
 
 def test_chains_of_em_begin_at_the_posterior(monkeypatch):
