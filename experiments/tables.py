@@ -19,7 +19,8 @@ files in `docs/results/`, which the experiments leave as `results.json` in their
 "Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
 standard error of the mean as an estimate for new data. Figures of others are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
-together; "bias" is about how far log p(x) is too low. Nats are per datum.
+together; "bias" is about how far log p(x) is too low. Nats are per datum. The seed is 0 where a
+row names no other.
 """
 
 EVIDENCE = """# What the estimators of evidence say
@@ -37,6 +38,8 @@ HEADS = {
 }
 
 ELSEWHERE = {"title", "protocol", "machine", "versions", "rows", "as_reported"}
+# Of rows: their names say it, or "300 of 300" epochs.
+TOLD = {"layers", "prior", "objective", "k", "seed", "method", "data", "latent_dim", "finished"}
 
 # A table in Markdown, line by line, and what is to be known besides.
 Section = tuple[list[str], dict[str, str]]
@@ -77,7 +80,8 @@ def free(figures: dict[str, Any]) -> Section:
     rows = []
     for row in figures["rows"]:
         beside = row.get("as_reported", published.pop(row["name"], None))
-        rows.append({**cells(row), "as_reported": said("as_reported", beside)})
+        untold = {key: of for key, of in row.items() if key not in TOLD}
+        rows.append({**cells(untold), "as_reported": said("as_reported", beside)})
     rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "as_reported"))
     keys = [key for key in (*keys, "as_reported") if any(row.get(key) for row in rows)]
@@ -100,13 +104,8 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
                 f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
                 "come to the posterior from where they began"
             )
-    published = row.get("as_reported")
-    published = max(published.values()) if isinstance(published, dict) else published
-    if not isinstance(published, float) or row.get("log_evidence") is None:
+    if (beside := compared(row)) is None:
         return found
-    levels, value = "bits_per_dim" in row, row["log_evidence"]
-    weighted = row.get("weighted", value)  # published figures are of weighting alone
-    short = row["bits_per_dim"] * weighted / value - published if levels else published - weighted
     done, best = row["epochs"], row.get("best_epoch", row["epochs"])
     if done < row.get("of_epochs", done) and not row.get("finished"):
         why = f"training was stopped by its budget after {done} of {row['of_epochs']} epochs"
@@ -114,10 +113,58 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
         why = f"the validation bound still rose in the last of {done} epochs"
     else:
         why = f"of {done} epochs the {best}th was best, by the bound of the validation data"
-    if short > 0:
-        unit = "bits per dimension" if levels else "nats"
-        found["shortfall"] = f"by weighting {short:.2f} {unit} worse than reported; {why}"
+    if (better := beside[2]) < 0:
+        unit = "bits per dimension" if "bits_per_dim" in row else "nats"
+        found["shortfall"] = f"by weighting {-better:.2f} {unit} worse than reported; {why}"
     return found
+
+
+def compared(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    """The best published figure, ours, and by how much ours is better; None where one is missing.
+
+    Published figures are of weighting alone, so ours is too: nats, or bits per dimension of levels.
+    """
+    published, value = row.get("as_reported"), row.get("log_evidence")
+    if isinstance(published, dict):
+        published = (min if row.get("bits_per_dim") else max)(published.values())
+    if not isinstance(published, float) or value is None:
+        return None
+    ours = row.get("weighted") or value
+    if row.get("bits_per_dim"):
+        ours *= row["bits_per_dim"] / value
+        return published, ours, published - ours
+    return published, ours, ours - published
+
+
+def overview(every: list[dict[str, Any]]) -> list[str]:
+    """What of all experiments has a published figure, beside it."""
+    lines = []
+    for figures in every:
+        published = figures.get("as_reported", {})
+        for row in figures.get("rows", [figures]):
+            name = row.get("name", "")
+            own = {who: of for who, of in published.items() if who.startswith(name)}
+            beside = compared({"as_reported": own or None, **row})
+            if beside is None:
+                continue
+            key, unit = ("bits_per_dim", " bits") if row.get("bits_per_dim") else ("", "")
+            told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
+            of = said("", row.get("of_epochs", row["epochs"]))
+            epochs = f"{said('', row['epochs'])} of {of}"
+            title = f"[{figures['title']}](#{anchor(figures['title'])})"
+            # The error of an annealed figure is not that of the one by weighting.
+            error = abs(row["mean_standard_error"] * beside[1] / row["log_evidence"])
+            errors = "" if row.get("weighted") else f"{error:.4f}"
+            lines.append([title, name, told, f"**{ours}**", errors, f"{beside[2]:+.2f}", epochs])
+    head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "better by"]
+    head.append("epochs")
+    return ["## Beside what was published", "", *markdown(head, lines), ""] if lines else []
+
+
+def anchor(title: str) -> str:
+    """What a heading is linked by."""
+    kept = (c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+    return "".join(kept)
 
 
 def cells(figures: dict[str, Any]) -> dict[str, str]:
@@ -260,9 +307,9 @@ def kind(figures: dict[str, Any]) -> Callable[[dict[str, Any]], Section]:
 
 def page(head: str, folder: Path) -> str:
     """A page of the figures in a folder."""
-    sections = [head]
-    for file in sorted(folder.glob("*.json")):
-        figures = json.loads(file.read_text())
+    files = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    sections = [head, *overview(list(files.values()))]
+    for file, figures in files.items():
         table, facts = kind(figures)(figures)
         path = f"{folder.name}/{file.stem}"
         drawn = file.with_suffix(".png").is_file()

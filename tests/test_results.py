@@ -51,12 +51,12 @@ def free(rows: list[dict[str, Any]], **facts: Any) -> tuple[list[str], dict[str,
 def test_columns_are_the_figures_of_all_rows_in_their_order():
     table, facts = free(
         [
-            {"name": "one", "layers": 1, "log_evidence": -86.758, "curve": [1, 2], "gone": None},
-            {"name": "two", "log_evidence": -1200.5, "ess_median": 0.01234, "layers": 2},
+            {"name": "one", "units": 1, "log_evidence": -86.758, "curve": [1, 2], "gone": None},
+            {"name": "two", "log_evidence": -1200.5, "ess_median": 0.01234, "units": 2},
         ]
     )
     assert table == [
-        "|  | layers | log p(x) | ess median |",
+        "|  | units | log p(x) | ess median |",
         "|---|---|---|---|",
         "| one | 1 | -86.76 |  |",
         "| two | 2 | -1,200.50 | 0.0123 |",
@@ -67,6 +67,35 @@ def test_columns_are_the_figures_of_all_rows_in_their_order():
         "protocol: seed": "1234",
         "machine": "P, 2 cores, cpu",
     }
+
+
+def test_what_the_name_of_a_row_says_has_no_column():
+    row = {"name": "1 layer, VAE, k = 5", "layers": 1, "objective": "VAE", "k": 5, "seed": 0}
+    table, _ = free([{**row, "finished": True, "log_evidence": -86.758}])
+    assert table == ["|  | log p(x) |", "|---|---|", "| 1 layer, VAE, k = 5 | -86.76 |"]
+
+
+def test_all_that_has_a_published_figure_stands_in_one_table_first():
+    ours = {"log_evidence": -90.0, "mean_standard_error": 0.01, "epochs": 10}
+    weighted = {"log_evidence": -80.0, "weighted": -100.0, "bits_per_dim": 4.0}
+    rows = [
+        {"name": "one", **ours, "as_reported": -88.5, "of_epochs": 2000},
+        {"name": "two", **ours},  # nothing to compare it with
+        {"name": "none", "log_evidence": None, "as_reported": -88.5, "diverged": True},
+        {"name": "of levels", **ours, **weighted, "as_reported": 5.25},
+        {"name": "IAF", **ours},
+    ]
+    swaps = {"title": "b_c (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "Y": -1.0}}
+    alone = {"title": "T", **ours, "as_reported": {"paper": -89.0, "code": -91.0}}
+    spoken = {"title": "U", "rows": [{"name": "one"}], "as_reported": {"one": "0 to 1 on the axis"}}
+    assert TABLES["overview"]([spoken]) == []
+    lines = TABLES["overview"]([swaps, spoken, alone])
+    assert lines[4:-1] == [
+        "| [b_c (D)](#b_c-d) | one | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 2,000 |",
+        "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** |  | +0.25 | 10 of 10 |",
+        "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 of 10 |",
+        "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
+    ]
 
 
 def test_what_was_published_stands_beside_ours():
