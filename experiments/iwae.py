@@ -4,18 +4,19 @@ Table 1 of Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders" (
 test images and the number of active units, for one and two stochastic layers and k draws, where
 
     VAE    the mean of k log-weights: the same bound, its gradient less noisy
-    IWAE   the logarithm of the mean of k weights: a tighter bound (the VAE for k = 1)
+    IWAE   the logarithm of the mean of k weights: a tighter bound (for k = 1 it is the VAE)
     DReG   the same bound, with the doubly reparameterized gradient of Tucker et al. (2019)
 
 binarized_mnist is static: 50,000 training images, binarized once and for all. mnist is as in the
 paper: 59,600 training images, binarized afresh in every minibatch and for the test; so are digits,
 which need no download. The paper's recipe differs from its authors' code in that 400 images choose
-the parameters, minibatches are shuffled, active units are of test data (theirs: training data), and
-Adam is PyTorch's: epsilon comes after the correction of bias (theirs: before), beta1 is the paper's
-0.9 (theirs: 0.99). "ours" is gated. Called again, the script goes on where it stopped.
+the parameters, minibatches are shuffled, active units are of test data (theirs: training data),
+Adam's epsilon comes after the correction of bias (theirs: before), and beta1 is the paper's 0.9
+(theirs: 0.99). "ours" is gated. With --after-vae E, what takes more draws than one begins at the
+VAE, for E epochs at half the learning rate. Called again, the script goes on where it stopped.
 
     python experiments/iwae.py --data mnist --root FOLDER --budget 60 --out runs/iwae_paper
-    python experiments/iwae.py --data binarized_mnist --root FOLDER --recipe ours --layers 1
+    python experiments/iwae.py --data binarized_mnist --root FOLDER --recipe ours --after-vae 20
 """
 
 import argparse
@@ -42,12 +43,12 @@ import pyro_vae as pv
 # Nats, by data, layers and objective, then by k; DReG as in github.com/nbip/IWAE.
 REPORTED: dict[tuple[str, int, str], dict[int, float]] = {
     ("binarized_mnist", 1, "VAE"): {1: -88.71},
-    ("binarized_mnist", 1, "IWAE"): {1: -88.71, 5: -87.63, 50: -87.10},
+    ("binarized_mnist", 1, "IWAE"): {5: -87.63, 50: -87.10},
     ("mnist", 1, "VAE"): {1: -86.76, 5: -86.47, 50: -86.35},
-    ("mnist", 1, "IWAE"): {1: -86.76, 5: -85.54, 50: -84.78},
+    ("mnist", 1, "IWAE"): {5: -85.54, 50: -84.78},
     ("mnist", 1, "DReG"): {1: -86.08, 5: -84.90, 50: -84.32},
     ("mnist", 2, "VAE"): {1: -85.33},
-    ("mnist", 2, "IWAE"): {1: -85.33, 5: -83.89, 50: -82.90},
+    ("mnist", 2, "IWAE"): {5: -83.89, 50: -82.90},
 }
 KEPT = ("log_evidence", "mean_standard_error", "sampling_error", "bias", "elbo", "untrusted")
 OBJECTIVES: dict[str, Callable[[int], Any]] = {
@@ -78,40 +79,37 @@ class Recipe(NamedTuple):
     """How the networks look and how they are trained."""
 
     network: Callable[..., nn.Module]
-    family: Callable[[Tensor], Any]  # of every normal
     hidden_dims: tuple[tuple[int, ...], ...]  # of each layer, from the data upwards
     epochs: int
     batch_size: int
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Callable[..., float]  # factor of the learning rate, by epoch and epochs
-    warmup: float  # the part of the epochs after which the KL weight is 1
     words: str
+    warmup: float = 0.0  # the part of the epochs after which the KL weight is 1
+    family: Callable[[Tensor], Any] = pv.families.normal
 
 
 RECIPES = {
     "paper": Recipe(
         network=tanh_mlp,
-        family=partial(pv.families.normal, to_scale=torch.exp),
         hidden_dims=((200, 200), (100, 100)),
         epochs=3280,
         batch_size=20,
         optimizer=partial(torch.optim.Adam, lr=1e-3, eps=1e-4, fused=True),
         schedule=stages,
-        warmup=0.0,
         words="tanh layers, Glorot's uniform weights, biases 0, scales exp(.); Adam, eps 1e-4, "
         "eight stages of learning rates from 1e-3 to 1e-4",
+        family=partial(pv.families.normal, to_scale=torch.exp),
     ),
     "ours": Recipe(
         network=pv.networks.gated_mlp,
-        family=pv.families.normal,
         hidden_dims=((300, 300), (100, 100)),
         epochs=500,
         batch_size=100,
         optimizer=partial(torch.optim.Adam, lr=1e-3, fused=True),
         schedule=lambda epoch, epochs: (1 + math.cos(math.pi * epoch / epochs)) / 2,
+        words="gated layers, scales softplus(.); Adam, 1e-3 by a cosine, a tenth of KL warm-up",
         warmup=0.1,
-        words="gated layers, PyTorch's initial weights, scales softplus(.); Adam, learning rate "
-        "1e-3, cosine schedule, a tenth of KL warm-up",
     ),
 }
 
@@ -189,51 +187,49 @@ class Variant(NamedTuple):
         return f"{said}, {self.objective}, k = {self.k}" + f", seed {self.seed}" * (self.seed > 0)
 
 
-def active_units(model: Generative, guide: Recognition, x: Tensor, seed: int) -> dict[str, int]:
-    """How many units of each layer have a posterior mean whose variance over the data is > 0.01."""
-    parts = pv.elbo_parts(model, guide, x, num_particles=10, seed=seed)
-    layers = zip(parts.dims, parts.activity.split(list(parts.dims.values())), strict=True)
-    return {layer: int((activity > 0.01).sum()) for layer, activity in layers}
-
-
 def measured(variant: Variant, raw: pv.Split, args: Any, seconds: float) -> dict[str, Any]:
     """Train as far as the time goes, judge, and count active units: the figures of a row."""
-    recipe: Recipe = args.recipe
     data = raw if raw.num_levels is None else raw.binarize_dynamic(variant.seed)
-    out = args.out / variant.name.replace(" = ", "").replace(", ", "_").replace(" ", "_")
+    out = args.out / "_".join(map(str, variant))
+    begun = (out / "config.json").is_file()
     shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
-    pair = build(data.train.mean(0), args.latent_dims[-variant.layers :], recipe)
-    facts = {"of_epochs": args.epochs, **variant._asdict()}
+    pair = build(data.train.mean(0), args.latent_dims[-variant.layers :], args.recipe)
+    epochs, rate, warmup = args.epochs, 1.0, max(1, round(args.recipe.warmup * args.epochs))
+    if args.after_vae and variant.k > 1:
+        epochs, rate, warmup = args.after_vae, 0.5, 1
+        if not begun:
+            vae = f"{variant.layers}_VAE_1_{variant.seed}"
+            pv.load(args.out / vae, model=pair[0], guide=pair[1])
+    facts = {"of_epochs": epochs, **variant._asdict()}
     try:
         history = pv.fit(
             *pair,
             data,
             loss=OBJECTIVES[variant.objective](variant.k),
-            optimizer=recipe.optimizer,
-            lr_schedule=partial(LambdaLR, lr_lambda=partial(recipe.schedule, epochs=args.epochs)),
-            kl_weight=pv.warmup(max(1, round(recipe.warmup * args.epochs))),
-            epochs=args.epochs,
-            batch_size=recipe.batch_size,
+            optimizer=args.recipe.optimizer,
+            lr_schedule=lambda o: LambdaLR(o, lambda e: rate * args.recipe.schedule(e, epochs)),
+            kl_weight=pv.warmup(warmup),
+            epochs=epochs,
+            batch_size=args.recipe.batch_size,
             max_seconds=seconds,
             out=out,
-            resume=(out / "config.json").is_file(),
+            resume=begun,
             pictures=False,
             **shared,
         )
     except pv.DivergedError as error:
         print(error, flush=True)
-        epochs = len((out / "metrics.jsonl").read_text().splitlines())
-        return {"diverged": True, "finished": True, "epochs": epochs, **facts}
+        done = len((out / "metrics.jsonl").read_text().splitlines())
+        return {"diverged": True, "finished": True, "epochs": done, **facts}
     of_pair: Any = {"model": pair[0], "guide": pair[1], "data": data}
     pv.evaluate_run(out, num_particles=args.num_particles, budget=0, **of_pair, **shared)
     judged = json.loads((out / "evidence.json").read_text())
-    few = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).round().long()
-    reported = REPORTED.get((raw.name, variant.layers, variant.objective), {})
+    parts = pv.elbo_parts(*pair, data.test[:: math.ceil(len(data.test) / 1000)], num_particles=10)
     return {
         **{key: judged[key] for key in KEPT},
-        "active_units": active_units(*pair, data.test[few], variant.seed),
-        **({"as_reported": reported[variant.k]} if variant.k in reported else {}),
+        "active_units": parts.active_units,
+        "as_reported": REPORTED.get((raw.name, *variant[:2]), {}).get(variant.k),
         "best_epoch": history.best_epoch,
         "epochs": len(history.records),
         "finished": history.stopped != "time",
@@ -254,11 +250,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             ks = [row["k"] for row in own]
             style: Any = {"color": f"C{i}", "label": objective, "alpha": 0.8}
             top.plot(ks, [row["log_evidence"] for row in own], "o-", **style)
-            told = [row.get("as_reported", math.nan) for row in own]
-            top.plot(ks, told, "x", color=f"C{i}", ms=8)
+            top.plot(ks, [r.get("as_reported", math.nan) for r in own], "x", color=f"C{i}", ms=8)
             bottom.plot(ks, [sum(row["active_units"].values()) for row in own], "o-", **style)
-        title = f"{depth} stochastic layer" + "s" * (depth > 1) + "; crosses as reported"
-        top.set(title=title, ylabel="log p(x), nats per image")
+        top.set(title=f"layers: {depth}; crosses as reported", ylabel="log p(x), nats per image")
         bottom.set(xlabel="draws k", ylabel="active units", xscale="log")
         top.legend()
     figure.savefig(path, dpi=150)
@@ -279,14 +273,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Train, judge, tabulate and draw what is not done yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", default="digits", choices=["digits", "binarized_mnist", "mnist"])
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path("runs/iwae"), help="goes on if there")
     parser.add_argument("--recipe", default="paper", choices=list(RECIPES))
     parser.add_argument("--epochs", type=int, help="by default the recipe's: 3280, ours 500")
+    parser.add_argument("--after-vae", type=int, default=0, metavar="E", help="0: from scratch")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 50], help="numbers of draws")
@@ -296,9 +290,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="seconds: few data, tiny networks")
     args = parser.parse_args()
-    if min(args.ks) < 1 or args.num_particles < 2 or not args.budget > 0:
-        parser.error("expected --ks of at least 1, --num-particles of at least 2, --budget above 0")
-
+    if min(*args.ks, args.num_particles - 1, args.after_vae + 1) < 1 or not args.budget > 0:
+        parser.error("expected --ks >= 1, --after-vae >= 0, --num-particles >= 2, --budget > 0")
     recipe_name, args.recipe, args.latent_dims = args.recipe, RECIPES[args.recipe], [100, 50]
     data = divided(pv.load_data(args.data, root=args.root))
     if args.smoke:
@@ -307,31 +300,38 @@ def main() -> None:
         parts = {part: getattr(data, part)[:500] for part in ("train", "valid", "test")}
         data = dataclasses.replace(data, source=None, labels=None, **parts)
     args.epochs = args.recipe.epochs if args.epochs is None else args.epochs
-    dynamic = "afresh in every minibatch; validation and test data once, under each seed"
     results = pv.Results(
         args.out / "results.json",
         title=f"Importance weighted autoencoders: {data.name}",
         protocol={
-            "data": data.summary(),
-            "binarization": "static" if data.num_levels is None else dynamic,
+            "data": data.summary() + " Binarized afresh in every minibatch; validation and test "
+            "data once, under each seed." * (data.num_levels is not None),
             "model": f"{args.latent_dims[-1]} latents in one layer, {args.latent_dims} in two, "
             f"hidden layers {args.recipe.hidden_dims} from the data up; N(0, I) at the top, "
             "diagonal normals, Bernoulli likelihood that starts at the mean of the training data",
             "recipe": f"{recipe_name}: {args.recipe.words}; batch {args.recipe.batch_size}, "
             "parameters of the best validation bound",
-            "epochs": args.epochs,
+            "epochs": f"{args.epochs:,}"
+            + f", more draws {args.after_vae} after the VAE of one" * (args.after_vae > 0),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
             "active units": "variance of the posterior mean above 0.01, up to 1,000 test data",
         },
         device=args.device,
     )
-    finished = {row["name"] for row in results.rows if row["finished"]}
     every = [Variant(*v) for v in product(args.layers, args.objectives, args.ks, args.seeds)]
-    if "VAE" in args.objectives:  # the IWAE of one draw
-        every = [variant for variant in every if (variant.objective, variant.k) != ("IWAE", 1)]
+    vaes = [variant._replace(objective="VAE", k=1) for variant in every]
+    # The IWAE of one draw is the VAE, which --after-vae needs in any case.
+    every = [v if v[1:3] != ("IWAE", 1) else vae for v, vae in zip(every, vaes, strict=True)]
+    every = dict.fromkeys(vaes + every if args.after_vae else every)
+    finished = {row["name"] for row in results.rows if row["finished"]}
     left = [variant for variant in every if variant.name not in finished]
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
+        vae = variant._replace(objective="VAE", k=1).name
+        ended = {row["name"] for row in results.rows if row["finished"] and "elbo" in row}
+        if args.after_vae and variant.k > 1 and vae not in ended:
+            print(f"{variant.name}: left out until {vae} has come to its end", flush=True)
+            continue
         print(f"{variant.name}...", flush=True)
         seconds = (end - time.monotonic()) / (len(left) - done)
         results.put(variant.name, **measured(variant, data, args, max(1.0, seconds)))

@@ -106,7 +106,7 @@ def test_active_units_are_those_whose_means_the_data_move():
             layer.weight.data[i, i] = weight
     x = torch.rand(200, 4).round()
     # Variances of z1: 0.25, 0.0625, 0.0025, 0; of z2: 0.25, 0.0025 * 0.0625, 0.
-    assert SCRIPT["active_units"](model, guide, x, 0) == {"z1": 2, "z2": 1}
+    assert pv.elbo_parts(model, guide, x, num_particles=10).active_units == {"z1": 2, "z2": 1}
 
 
 ONLY = ["--layers", "2", "--objectives", "IWAE", "--out"]
@@ -134,7 +134,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_is_made_once_and_gone_on_with(whole, monkeypatch, tmp_path, capsys):
     rows = rows_of(whole)
-    assert [row["name"] for row in rows] == ["2 layers, IWAE, k = 1", "2 layers, IWAE, k = 3"]
+    assert [row["name"] for row in rows] == ["2 layers, VAE, k = 1", "2 layers, IWAE, k = 3"]
     for row in rows:
         assert row["log_evidence"] >= row["elbo"]
         assert (row["epochs"], row["of_epochs"], len(row["active_units"])) == (2, 2, 2)
@@ -164,6 +164,34 @@ def test_a_budget_cuts_a_training_that_goes_on_at_the_next_call(whole, monkeypat
     run(monkeypatch, *ONLY, str(tmp_path))
     assert rows_of(tmp_path) == rows_of(whole)
     assert all(row["finished"] for row in rows_of(tmp_path))
+
+
+def test_more_draws_may_begin_where_the_vae_ends(monkeypatch, tmp_path, capsys):
+    """The VAE is trained though nobody named it, and until it is through, those after it wait."""
+    call = ["--layers", "1", "--objectives", "DReG", "--after-vae", "1", "--out", str(tmp_path)]
+    fit, starts = pv.fit, {}
+
+    def watched(model: nn.Module, *args: Any, out: Path, **options: Any) -> pv.History:
+        starts[out.name] = [p.detach().clone() for p in model.parameters()]
+        return fit(model, *args, out=out, **options)
+
+    monkeypatch.setattr("pyro_vae.fit", watched)
+    clock = count(0, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: float(next(clock)))
+        run(patch, *call, "--budget", "1e-6")
+    names = ["1 layer, VAE, k = 1", "1 layer, DReG, k = 1", "1 layer, DReG, k = 3"]
+    assert [row["name"] for row in rows_of(tmp_path)] == names[:2]
+    assert f"{names[2]}: left out until {names[0]} has come to its end" in capsys.readouterr().out
+    run(monkeypatch, *call)
+    assert [(row["name"], row["epochs"]) for row in rows_of(tmp_path)] == list(
+        zip(names, (2, 2, 1), strict=True)
+    )
+    recipe = SCRIPT["RECIPES"]["paper"]._replace(hidden_dims=((8,), (8,)))
+    model, guide = SCRIPT["build"](torch.full((64,), 0.5), [2], recipe)
+    vae, _ = pv.load(tmp_path / "1_VAE_1_0", model=model, guide=guide)
+    for parameter, start in zip(vae.parameters(), starts["1_DReG_3_0"], strict=True):
+        assert torch.equal(parameter, start)
 
 
 def test_those_that_diverge_stop_no_other_and_cost_their_time(monkeypatch, tmp_path, capsys):
@@ -198,12 +226,15 @@ def test_those_that_diverge_stop_no_other_and_cost_their_time(monkeypatch, tmp_p
     run(monkeypatch, *out)
 
 
-@pytest.mark.parametrize("mistake", [("--num-particles", "1"), ("--ks", "1", "0")])
+MISTAKES = [("--num-particles", "1"), ("--ks", "1", "0"), ("--after-vae", "-1")]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("budget", ["0", "nan"])
 def test_mistakes_are_said_in_a_line(mistake, budget, monkeypatch, tmp_path, capsys):
     for args in (mistake, ("--budget", budget)):
         with pytest.raises(SystemExit):
             run(monkeypatch, "--out", str(tmp_path / "none"), *args)
         said = capsys.readouterr().err.splitlines()
-        assert said[-1].startswith("iwae.py: error: expected --ks of at least 1")
+        assert said[-1].startswith("iwae.py: error: expected --ks >= 1")
     assert not (tmp_path / "none").exists()

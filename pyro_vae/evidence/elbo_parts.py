@@ -72,6 +72,12 @@ class ElboParts:
         return self.activity > _ACTIVE + 2 * self.activity_error
 
     @property
+    def active_units(self) -> dict[str, int]:
+        """How many dimensions of each latent site are active, by name."""
+        of_sites = self.active.split(list(self.dims.values()))
+        return {name: int(of.sum()) for name, of in zip(self.dims, of_sites, strict=True)}
+
+    @property
     def collapsed(self) -> bool:
         """Whether the latents tell nothing of the data, and the guide stands at the prior."""
         return self._silent and self.rate.mean <= self._nothing(self.rate)
