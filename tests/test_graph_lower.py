@@ -38,6 +38,25 @@ def test_literals_are_part_of_what_is_cached(size):
     assert counters["aot_autograd"]["autograd_cache_hit"] >= 1
 
 
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T.contiguous().T,
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "the same row": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("made_for", LAYOUTS)
+def test_a_kernel_takes_data_of_any_layout(made_for):
+    """Compiled code for one layout refuses, or misreads, data of another."""
+    x, w = torch.randn(4, 6), torch.randn(6, 3)
+    made = LAYOUTS[made_for](x)
+    kernel = lower(capture(lambda x: [x.exp() @ w], [made], others=[made + 1]), [], [made])
+    for layout in LAYOUTS.values():
+        given = layout(torch.randn(4, 6))
+        torch.testing.assert_close(kernel([given])[0], given.exp() @ w)
+
+
 # --- fewer logarithms
 
 

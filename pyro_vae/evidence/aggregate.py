@@ -175,7 +175,8 @@ class AggregatePosterior:
             given = iter(tensors[len(values) :])
             return self._log_sums(tensors[: len(values)], rebuild(block, given))
 
-        inputs = [t.clone() for t in (*values, *data)]
+        contiguous = torch.contiguous_format
+        inputs = [t.clone(memory_format=contiguous) for t in (*values, *data)]
         others: list[Any] = [t.roll(1, 0) if t.dim() else t.clone() for t in inputs]
         return lower(capture(run, inputs, others=others), [], inputs)
 
@@ -184,5 +185,5 @@ def _filled(values: Tensor, count: int) -> Tensor:
     """As many values as a kernel takes: the last one repeated."""
     missing = count - len(values)
     if not missing:
-        return values.contiguous()
+        return values
     return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])

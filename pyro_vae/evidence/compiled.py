@@ -55,8 +55,8 @@ class CompiledWeights:
         flatten(pair.args, data)
         values = [site["value"] for _, site in latent_sites(template)]
         first = self._part(values, 0)
-        self.draw = _compiled(draw, [t.clone() for t in data])
-        self._score = _compiled(score, [*first, *(t.clone() for t in data)])
+        self.draw = _compiled(draw, data)
+        self._score = _compiled(score, [*first, *data])
 
     def fits(self, pair: Pair, particles: int) -> bool:
         """Whether the kernels are for a block of this shape."""
@@ -81,12 +81,13 @@ class CompiledWeights:
         if self.chunk_size == self.particles:
             return list(values)
         return [
-            value.narrow(axis, start, self.chunk_size).contiguous()
+            value.narrow(axis, start, self.chunk_size)
             for value, axis in zip(values, self._axes, strict=True)
         ]
 
 
 def _compiled(function: Callable[..., Sequence[Tensor]], data: list[Tensor]) -> Kernel:
+    data = [t.clone(memory_format=torch.contiguous_format) for t in data]
     others = [t.roll(1, 0) if t.dim() > 0 and len(t) > 1 else t.clone() for t in data]
     return lower(capture(function, data, others=others), [], data)
 

@@ -271,7 +271,7 @@ def compiled_target(space: Space) -> Target:
         return [state.log_q, state.log_p, state.grad_q, state.grad_p]
 
     inputs = [space.flat(space.template), *_tensors(pair.args)]
-    inputs = [t.clone() for t in inputs]
+    inputs = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     others = [t.roll(1, 0) if t.dim() > 0 and len(t) > 1 else t.clone() for t in inputs]
     kernel = lower(capture(densities, inputs, others=others), [], inputs)
 

@@ -31,7 +31,7 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
         captured: The graph, of the static arguments and then the data; used up.
         static: Arguments that are the same tensors at every call, such as parameters; the graph may
             change them in place. On a CPU the list may be changed between calls.
-        data: Arguments that differ from call to call.
+        data: Arguments that differ from call to call; of any strides, there as here.
 
     Returns:
         A function of the data to the results. On a GPU it replays one recording of all kernels.
@@ -45,6 +45,7 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
     share_logarithms(captured.module)
     use_onednn(captured.module)
     reached = captured.reached
+    data = [tensor.contiguous() for tensor in data]  # a kernel is for one layout only
     try:
         with torch.no_grad(), tracing(_context()):
             compiled: Any = torch._inductor.compile(
@@ -56,7 +57,7 @@ def lower(captured: Captured, static: list[Tensor], data: Sequence[Tensor]) -> K
 
     def kernel(arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
-            return compiled(*static, *arguments, *reached)
+            return compiled(*static, *(given.contiguous() for given in arguments), *reached)
 
     everything = [*static, *data, *reached]
     if everything and all(tensor.is_cuda for tensor in everything):

@@ -155,7 +155,7 @@ class StepGraph:
 
     def run(self, data: Sequence[Tensor]) -> Terms:
         """Take the step on tensors of the shapes that the graph was made for."""
-        results = self._kernel([d.contiguous() for d in data])
+        results = self._kernel(data)
         if self._owners is not None:
             for parameter, gradient in zip(self._owners, results[3:], strict=True):
                 parameter.grad = gradient
