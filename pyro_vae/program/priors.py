@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pyro_vae.context import at_rest
 from pyro_vae.program.conditional import Family
 from pyro_vae.program.distributions import Reverse
+from pyro_vae.program.distributions.mixtures import mixture
 from pyro_vae.program.recipe import recorded
 
 __all__ = [
@@ -153,9 +154,7 @@ class Mixture(nn.Module):
 
     def forward(self) -> TorchDistribution:
         """Return the mixture, with ``batch_shape ()`` and ``event_shape (Z,)``."""
-        return dist.MixtureSameFamily(
-            dist.Categorical(logits=self.logits), self.family(self.params)
-        )
+        return mixture(self.logits, self.family(self.params))
 
 
 @recorded
@@ -236,8 +235,7 @@ class VampPrior(nn.Module):
 
     def forward(self) -> TorchDistribution:
         """Return the mixture of posteriors, ``batch_shape ()`` and ``event_shape (Z,)``."""
-        components = self.encoder(self.pseudo_inputs)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        return mixture(self.logits, self.encoder(self.pseudo_inputs))
 
 
 @recorded

@@ -3,6 +3,7 @@
 from pyro_vae.program.distributions.counts import CountsOfTotal, ZeroInflatedNegativeBinomial
 from pyro_vae.program.distributions.discrete import Bits, RelaxedOneHot
 from pyro_vae.program.distributions.levels import Discretized, Levels
+from pyro_vae.program.distributions.mixtures import NormalMixture
 from pyro_vae.program.distributions.transforms import Reverse, ToSimplex
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "CountsOfTotal",
     "Discretized",
     "Levels",
+    "NormalMixture",
     "RelaxedOneHot",
     "Reverse",
     "ToSimplex",
