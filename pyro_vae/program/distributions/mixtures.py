@@ -65,11 +65,9 @@ class NormalMixture(dist.MixtureSameFamily):
 
 def mixture(logits: Tensor, members: TorchDistribution) -> TorchDistribution:
     """A mixture of the members, which lie along the last dimension of their batch."""
-    normal = getattr(members, "base_dist", None)
-    diagonal = isinstance(members, dist.Independent) and type(normal) in (
-        dist.Normal,
-        torch.distributions.Normal,
-    )
-    if diagonal and (len(members.batch_shape), len(members.event_shape)) == (1, 1):
-        return NormalMixture(logits, normal.loc, normal.scale)
+    one_each = (len(members.batch_shape), len(members.event_shape)) == (1, 1)
+    if isinstance(members, dist.Independent) and one_each:
+        of = members.base_dist
+        if type(of) is dist.Normal or type(of) is torch.distributions.Normal:
+            return NormalMixture(logits, of.loc, of.scale)
     return dist.MixtureSameFamily(dist.Categorical(logits=logits), members)
