@@ -67,6 +67,14 @@ def test_it_is_expanded_drawn_from_and_checked_like_torch_s():
         wide.log_prob(torch.full((7, 3), torch.nan))
 
 
+def test_lower_precision_that_is_asked_for_elsewhere_leaves_the_densities_alone():
+    own, z = members(50, 40), torch.randn(10, 40)
+    p = pv.distributions.NormalMixture(*own)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = p.log_prob(z)
+    assert torch.equal(found, p.log_prob(z))
+
+
 def test_no_value_meets_every_dimension_of_every_member():
     own, z = members(50, 40), torch.randn(100, 40)
     with torch.no_grad():
