@@ -7,6 +7,7 @@ The figures lie in docs/results and docs/evidence, as the experiments left them.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,11 @@ def compared(row: dict[str, Any]) -> tuple[float, float, float] | None:
 
 def overview(every: list[dict[str, Any]]) -> list[str]:
     """What of all experiments has a published figure, beside it."""
-    lines = []
+    lines, anchors = [], Counter[str]()
     for figures in every:
+        link = anchor(figures["title"])
+        again = f"-{anchors[link]}" if anchors[link] else ""  # two of a title
+        anchors[link] += 1
         published = figures.get("as_reported", {})
         for row in figures.get("rows", [figures]):
             name = row.get("name", "")
@@ -151,7 +155,7 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
             told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
             of = said("", row.get("of_epochs", row["epochs"]))
             epochs = f"{said('', row['epochs'])} of {of}"
-            title = f"[{figures['title']}](#{anchor(figures['title'])})"
+            title = f"[{figures['title']}](#{link}{again})"
             # The error of an annealed figure is not that of the one by weighting.
             error = abs(row["mean_standard_error"] * beside[1] / row["log_evidence"])
             errors = "" if row.get("weighted") else f"{error:.4f}"

@@ -89,12 +89,13 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
     alone = {"title": "T", **ours, "as_reported": {"paper": -89.0, "code": -91.0}}
     spoken = {"title": "U", "rows": [{"name": "one"}], "as_reported": {"one": "0 to 1 on the axis"}}
     assert TABLES["overview"]([spoken]) == []
-    lines = TABLES["overview"]([swaps, spoken, alone])
+    lines = TABLES["overview"]([swaps, spoken, alone, alone])
     assert lines[4:-1] == [
         "| [b_c (D)](#b_c-d) | one | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 2,000 |",
         "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** |  | +0.25 | 10 of 10 |",
         "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 of 10 |",
         "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
+        "| [T](#t-1) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
     ]
 
 
