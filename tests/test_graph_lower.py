@@ -46,7 +46,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("made_for", LAYOUTS)
+@pytest.mark.parametrize("made_for", ["rows", "columns"])
 def test_a_kernel_takes_data_of_any_layout(made_for):
     """Compiled code for one layout refuses, or misreads, data of another."""
     x, w = torch.randn(4, 6), torch.randn(6, 3)
