@@ -113,7 +113,7 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
     elif best == done:
         why = f"the validation bound still rose in the last of {done} epochs"
     else:
-        why = f"of {done} epochs the {best}th was best, by the bound of the validation data"
+        why = f"epoch {best} of {done} was best, by the bound of the validation data"
     if (better := beside[2]) < 0:
         unit = "bits per dimension" if "bits_per_dim" in row else "nats"
         found["shortfall"] = f"by weighting {-better:.2f} {unit} worse than reported; {why}"

@@ -133,9 +133,9 @@ def test_facts_and_other_machines_stand_below():
     ("figures", "why"),
     [
         ({}, "1.50 nats worse than reported; the validation bound still rose in the last of 100 "),
-        ({"best_epoch": 60}, "of 100 epochs the 60th was best"),
+        ({"best_epoch": 60}, "epoch 60 of 100 was best"),
         ({"of_epochs": 300}, "stopped by its budget after 100 of 300 epochs"),
-        ({"of_epochs": 300, "finished": True, "best_epoch": 50}, "of 100 epochs the 50th was best"),
+        ({"of_epochs": 300, "finished": True, "best_epoch": 50}, "epoch 50 of 100 was best"),
         ({"weighted": -91.0}, "2.50 nats worse"),
         ({"bits_per_dim": 4.75, "as_reported": 4.5}, "0.25 bits per dimension worse than reported"),
         (
