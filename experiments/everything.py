@@ -64,7 +64,10 @@ JOBS = {
         "iwae", 8, "--data mnist --recipe ours", f"--epochs 20 --ks 1 5 --layers 1 {FEW}"
     ),
     "iwae_binarized_mnist": Job(
-        "iwae", 8, "--data binarized_mnist --recipe ours", f"--epochs 20 --ks 1 5 --layers 1 {FEW}"
+        "iwae",
+        8,
+        "--data binarized_mnist --recipe ours",
+        f"--epochs 40 --after-vae 5 --objectives IWAE --ks 1 50 --layers 1 {FEW}",
     ),
     "vampprior_binarized_mnist": Job(
         "vampprior",

@@ -312,9 +312,9 @@ def main() -> None:
             "recipe": f"{recipe_name}: {args.recipe.words}; batch {args.recipe.batch_size}, "
             "parameters of the best validation bound",
             "epochs": f"{args.epochs:,}"
-            + f", more draws {args.after_vae} after the VAE of one" * (args.after_vae > 0),
+            + f", then {args.after_vae} of more draws at half the rate" * (args.after_vae > 0),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
-            "active units": "variance of the posterior mean above 0.01, up to 1,000 test data",
+            "active units": "posterior means of variance surely above 0.01, up to 1,000 test data",
         },
         device=args.device,
     )

@@ -147,7 +147,7 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
         published = figures.get("as_reported", {})
         for row in figures.get("rows", [figures]):
             name = row.get("name", "")
-            own = {who: of for who, of in published.items() if who.startswith(name)}
+            own = {w: of for w, of in published.items() if name in ("", w, w.split(" (")[0])}
             beside = compared({"as_reported": own or None, **row})
             if beside is None:
                 continue

@@ -252,7 +252,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     bits = any("bits_per_dim" in row for row in rows)
     axes.set(ylabel="bits per dimension" if bits else "log p(x), nats per image", xlabel="prior")
     axes.margins(x=0.2)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

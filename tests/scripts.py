@@ -2,18 +2,23 @@
 
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-def run_script(script: Path, first: str, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    """Call a script with these words."""
-    monkeypatch.setattr("sys.argv", [script.name, first, *args])
-    runpy.run_path(str(script), run_name="__main__")
+def runner(script: Path, *always: str) -> Callable[..., None]:
+    """What calls a script, by ``run(monkeypatch, *words)``, with these words before the others."""
+
+    def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+        monkeypatch.setattr("sys.argv", [script.name, *always, *words])
+        runpy.run_path(str(script), run_name="__main__")
+
+    return run
 
 
 def figures(out: Path) -> dict[str, Any]:
-    """What it has left."""
+    """What a script has left."""
     return json.loads((out / "results.json").read_text())

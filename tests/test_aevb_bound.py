@@ -11,15 +11,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scripts import runner
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_bound.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, *args])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+run = runner(SCRIPT)
 
 
 def test_the_variance_of_both_estimators_is_the_exact_one():

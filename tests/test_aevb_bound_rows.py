@@ -2,7 +2,6 @@
 
 import math
 import runpy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scripts import figures, run_script
+from scripts import figures, runner
 
 import pyro_vae as pv
 
@@ -18,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_bound.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-run = partial(run_script, SCRIPT, "--smoke")
+run = runner(SCRIPT, "--smoke")
 MANIFOLD = runpy.run_path(str(SCRIPT.with_stem("aevb_manifold")))
 EACH = pytest.mark.parametrize(("names", "kinds"), [(NAMES, "PANELS"), (MANIFOLD, "KINDS")])
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import runner
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_manifold.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, *args])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+run = runner(SCRIPT)
 
 
 def test_each_point_of_the_plane_stands_for_an_equal_share_of_the_prior():

@@ -1,12 +1,11 @@
 """Trainings of figures 4 and 5: cuts by the budget, divergence, mistakes."""
 
 import runpy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import figures, run_script
+from scripts import figures, runner
 
 import pyro_vae as pv
 
@@ -14,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_manifold.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-run = partial(run_script, SCRIPT, "--smoke")
+run = runner(SCRIPT, "--smoke")
 
 
 def test_a_cut_by_the_budget_goes_on_where_it_was(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import runner
 
 import pyro_vae as pv
 
@@ -15,9 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_marginal.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, *args])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+run = runner(SCRIPT)
 
 
 def test_moves_leave_a_normal_of_every_row_as_it_is():

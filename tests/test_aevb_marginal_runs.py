@@ -2,7 +2,6 @@
 
 import argparse
 import runpy
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pyro import poutine
-from scripts import figures, run_script
+from scripts import figures, runner
 
 import pyro_vae as pv
 
@@ -18,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_marginal.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
 
-run = partial(run_script, SCRIPT, "--smoke")
+run = runner(SCRIPT, "--smoke")
 
 
 def test_chains_of_em_begin_at_the_posterior(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import runner
 
 import pyro_vae as pv
 
@@ -123,9 +124,7 @@ def test_latents_that_copy_a_bit_are_used_and_those_of_the_prior_are_not():
     assert (used["active_units"], used["latents"]) == (1, 2)
 
 
-def run(monkeypatch: Any, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
-    runpy.run_path(str(PATH), run_name="__main__")
+run = runner(PATH, "--smoke")
 
 
 def rows(monkeypatch: Any, out: Path, *args: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from affine import Variables
+from scripts import runner
 from torch import nn
 
 import pyro_vae as pv
@@ -112,9 +113,7 @@ def test_active_units_are_those_whose_means_the_data_move():
 ONLY = ["--layers", "2", "--objectives", "IWAE", "--out"]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
-    runpy.run_path(str(PATH), run_name="__main__")
+run = runner(PATH, "--smoke")
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

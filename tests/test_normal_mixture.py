@@ -49,7 +49,8 @@ def test_nothing_is_lost_to_rounding_where_the_members_are_narrow(scale):
     expected = exact.log_prob(z.double()).float()
     found = pv.distributions.NormalMixture(*own).log_prob(z)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-3)
+    error, of_torch = ((p - expected).abs().max() for p in (found, by_torch(*own).log_prob(z)))
+    assert error <= 2 * of_torch
 
 
 def test_it_is_expanded_drawn_from_and_checked_like_torch_s():

@@ -85,7 +85,7 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
         {"name": "of levels", **ours, **weighted, "as_reported": 5.25},
         {"name": "IAF", **ours},
     ]
-    swaps = {"title": "b_c (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "Y": -1.0}}
+    swaps = {"title": "b_c (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "IAF 2": -1.0}}
     alone = {"title": "T", **ours, "as_reported": {"paper": -89.0, "code": -91.0}}
     spoken = {"title": "U", "rows": [{"name": "one"}], "as_reported": {"one": "0 to 1 on the axis"}}
     assert TABLES["overview"]([spoken]) == []

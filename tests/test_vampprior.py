@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from affine import Variables, affine
+from scripts import runner
 from torch.distributions import MultivariateNormal
 
 import pyro_vae as pv
@@ -135,9 +136,7 @@ def test_what_was_published_is_held_against_weighting_alone():
     assert "-90.000    -83.19" in SCRIPT["table"]([row])
 
 
-def run(monkeypatch: Any, *args: str) -> None:
-    monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", *args])
-    runpy.run_path(str(PATH), run_name="__main__")
+run = runner(PATH, "--smoke")
 
 
 def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
