@@ -189,6 +189,8 @@ def main() -> int:
     if args.smoke:  # a script's first job stands for all of them
         first = {job.script: name for name, job in reversed(jobs.items())}
         jobs = {name: job for name, job in jobs.items() if first[job.script] == name}
+    # What runs behind a shell ignores SIGINT, and so would the scripts, which are stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.out / "everything.json")
     end = time.monotonic() + 60 * args.budget

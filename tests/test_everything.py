@@ -32,6 +32,8 @@ protocol = {"epochs": words[words.index("--epochs") + 1] if "--epochs" in words 
 (out / f"{name}.png").touch()
 """
 
+BEHIND_A_SHELL = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
@@ -46,8 +48,8 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(folder / "experiments" / "everything.py")]
+def call(folder: Path, *options: str, by: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    words = [*by, sys.executable, str(folder / "experiments" / "everything.py")]
     words += ["--out", str(folder / "runs"), *options]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
@@ -101,10 +103,14 @@ def test_a_failure_stops_no_other_and_is_said_at_the_end(folder):
     assert (again.returncode, len(calls(folder, "autoencoders_digits"))) == (1, 2)
 
 
-def test_time_that_has_run_out_ends_a_script_and_the_others_are_left(folder):
-    sleeping = "import time\ntime.sleep(60)\n"
+@pytest.mark.parametrize("by", [(), BEHIND_A_SHELL], ids=["in front", "behind a shell"])
+def test_time_that_has_run_out_ends_a_script_and_the_others_are_left(folder, by):
+    saving = f"open({str(folder / 'saved')!r}, 'w')"
+    sleeping = f"import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {saving}\n"
     (folder / "experiments" / "full_vb.py").write_text(sleeping)
-    told = call(folder, "--only", "full_vb_digits", "neural_nets_digits", "--budget", "0.005")
+    names = ["full_vb_digits", "neural_nets_digits"]
+    told = call(folder, "--only", *names, "--budget", "0.02", by=by)
+    assert (folder / "saved").is_file()
     assert "full_vb_digits: out of time; call again" in told.stdout
     assert "neural_nets_digits: no time left; call again" in told.stdout
     assert calls(folder, "neural_nets_digits") == []
