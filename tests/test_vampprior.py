@@ -1,5 +1,6 @@
 """The tables of the VampPrior: exact programs of two layers, known mixtures, and its runs."""
 
+import argparse
 import json
 import math
 import runpy
@@ -94,6 +95,23 @@ def test_a_pair_is_of_its_layers_and_every_parameter_gets_a_gradient(layers, pri
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_decay_shrinks_the_weights_of_linear_layers_alone():
+    data = pv.load_data(torch.randint(0, 2, (60, 7)).float())
+    programs = SCRIPT["build"](2, SCRIPT["PRIORS"]["VampPrior"], data, SIZES)
+    args = argparse.Namespace(learning_rate=0.1, weight_decay=0.5)
+    named = {id(p): (n, p) for program in programs for n, p in program.named_parameters()}
+    names, params = zip(*named.values(), strict=True)
+    before = [p.detach().clone() for p in params]
+    adam = SCRIPT["adam"](list(params), programs, args)
+    for p in params:
+        p.grad = torch.zeros_like(p)  # Adam itself doesn't move, so what is left is the decay
+    adam.step()
+    for name, old, new in zip(names, before, params, strict=True):
+        is_weight = name.endswith("weight")
+        torch.testing.assert_close(new.detach(), old * 0.95 if is_weight else old)
+    assert "prior.places" in names  # the pseudo-inputs
+
+
 def test_levels_keep_the_smallest_scale_of_the_paper():
     data = pv.load_data(torch.randint(0, 256, (60, 2), dtype=torch.uint8))
     model, _ = SCRIPT["build"](1, SCRIPT["PRIORS"]["N(0, I)"], data, SIZES)
@@ -133,7 +151,7 @@ def test_what_was_published_is_held_against_weighting_alone():
     levels = row | {"bits_per_dim": 4.0, "weighted_bits_per_dim": 4.5}
     assert (figure_of(levels, weighted=True), figure_of(levels, weighted=False)) == (4.5, 4.0)
     assert figure_of({"log_evidence": -80.0}, weighted=True) == -80.0
-    assert "-90.000    -83.19" in SCRIPT["table"]([row])
+    assert "-90.000   -83.19" in SCRIPT["table"]([row])
 
 
 run = runner(PATH, "--smoke")
@@ -155,8 +173,9 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
     run(monkeypatch, *out)
     assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="another protocol"):
-        run(monkeypatch, *out, "--recipe", "ours")
+    for other in (["--recipe", "ours"], ["--weight-decay", "0.1"]):
+        with pytest.raises(SystemExit, match="another protocol"):
+            run(monkeypatch, *out, *other)
     with pytest.raises(SystemExit, match="frey_rawface"):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
 
@@ -187,7 +206,9 @@ def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_pa
     run(monkeypatch, *out)
 
 
-@pytest.mark.parametrize("mistake", [("--num-particles", "1"), ("--budget", "0")])
+@pytest.mark.parametrize(
+    "mistake", [("--num-particles", "1"), ("--budget", "0"), ("--weight-decay", "nan")]
+)
 def test_mistakes_are_said_in_a_line(mistake, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--out", str(tmp_path / "none"), *mistake)
