@@ -84,7 +84,8 @@ def free(figures: dict[str, Any]) -> Section:
         untold = {key: of for key, of in row.items() if key not in TOLD}
         rows.append({**cells(untold), "as_reported": said("as_reported", beside)})
     rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "as_reported"))
+    fullest = sorted(rows, key=len, reverse=True)  # which have the columns in their order
+    keys = list(dict.fromkeys(key for row in fullest for key in row if key != "as_reported"))
     keys = [key for key in (*keys, "as_reported") if any(row.get(key) for row in rows)]
     head = ["" if key == "name" else HEADS.get(key, key.replace("_", " ")) for key in keys]
     facts = {key.replace("_", " "): fact for key, fact in cells(figures).items() if fact}
