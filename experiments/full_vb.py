@@ -321,7 +321,7 @@ def over_seeds(found: list[dict[str, float]], key: str, error: str) -> tuple[flo
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out log-density against the number of training data, and what the weights gain."""
     values, gains = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
-    against = {f"full minus {way}": f"against the {WAYS[way]}" for way in ("stopped", "point")}
+    against = {f"full minus {way}": WAYS[way] for way in ("stopped", "point")}
     panels = (values, WAYS, KEYS[0], KEYS[:0:-1]), (gains, against, "gain", ("paired_error",))
     sizes = sorted({row["num_train"] for row in rows})
     for axes, parts, key, errors in panels:
@@ -335,7 +335,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 line.set_label(label if width == 1 else "")
         axes.set(xscale="log", xlabel="training data", xticks=sizes, xticklabels=sizes)
         axes.minorticks_off()
-        axes.legend()
+    figure.legend(*values.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     bars = "nats per image\ntwo standard errors"
     values.set_ylabel(f"held-out log-density, {bars}: test set and (thick) estimator")
     gains.set_ylabel(f"gain of full variational Bayes, {bars}, paired")
