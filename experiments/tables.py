@@ -40,7 +40,8 @@ HEADS = {
 
 ELSEWHERE = {"title", "protocol", "machine", "versions", "rows", "as_reported"}
 # Of rows: their names say it, or "300 of 300" epochs.
-TOLD = {"layers", "prior", "objective", "k", "seed", "method", "data", "latent_dim", "finished"}
+TOLD = {"layers", "prior", "objective", "k", "seed", "method", "model", "data", "latent_dim"}
+TOLD |= {"finished"}
 
 # A table in Markdown, line by line, and what is to be known besides.
 Section = tuple[list[str], dict[str, str]]
@@ -203,6 +204,7 @@ def said(key: str, value: Any) -> str:
         return f"{value:,}" if "seed" not in key else str(value)
     if not isinstance(value, float):
         return str(value).replace("|", "\\|")
+    value += 0.0  # of -0 makes 0
     if "bits_per" in key:
         return f"{value:.4f}"
     if "seconds" in key and abs(value) >= 10:
