@@ -327,8 +327,7 @@ def draw(noise: dict[str, Any], args: Namespace) -> None:
     for place, below, left in zip(axes[0], across, (*said, *said[::-1]), strict=True):
         scale = "symlog" if below.startswith("epochs") else "log"  # with none, too
         place.set(xlabel=below, ylabel=left, xscale=scale, yscale="log")
-    named = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside upper center", ncols=len(ESTIMATORS))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     best = -math.inf
     for place, (what, panel) in zip(axes[1], panels(args.particles).items(), strict=True):
         for label, job in panel.items():

@@ -298,7 +298,8 @@ def where(figures: dict[str, Any], *, versions: bool = True) -> dict[str, str]:
     facts = {}
     if "machine" in figures:
         machine = figures["machine"]
-        facts["machine"] = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+        cores = f"{machine['cores']} core" + "s" * (machine["cores"] != 1)
+        facts["machine"] = f"{machine['processor']}, {cores}, {machine['device']}"
     if versions and "versions" in figures:
         facts["versions"] = ", ".join(
             f"{of} {number}" for of, number in figures["versions"].items()
