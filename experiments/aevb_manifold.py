@@ -14,7 +14,7 @@ N(0, 0.01) (taken as a variance). MNIST is binarized, each pixel drawn once in p
 level; Frey Faces are dequantized to a density on [0, 1].
 
     python experiments/aevb_manifold.py --root ../shared/data --device cuda
-    python experiments/aevb_manifold.py --data digits --out runs/aevb_manifold --epochs 200
+    python experiments/aevb_manifold.py --data digits --out runs/aevb_manifold --samples 300000
 """
 
 import argparse
@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 
-SAMPLES = 1e7  # training samples, where nothing else is asked for
 BATCH = 100
 
 
@@ -144,7 +143,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["mnist", "frey_faces"], choices=[*KINDS])
     parser.add_argument("--root", help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/aevb_manifold"))
-    parser.add_argument("--epochs", type=int, help="by default so many as make 10^7 samples")
+    parser.add_argument(
+        "--samples", type=int, default=10**7, help="of training, for each: epochs times data"
+    )
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="minutes of this call, with judging"
     )
@@ -161,8 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.data, args.latent_dims, args.hidden = ["digits", "grey_digits"], [2, 3], 8
-        args.epochs, args.size, args.num_particles = 2, 4, 10
-    for name in ("epochs", "hidden", "size", "num_particles", "budget", "step"):
+        args.samples, args.size, args.num_particles = 2500, 4, 10
+    for name in ("samples", "hidden", "size", "num_particles", "budget", "step"):
         if (given := getattr(args, name)) is not None and not given > 0:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: expected more than 0, got {given}.")
@@ -171,13 +172,14 @@ def main() -> None:
     for name in args.data:
         sets[name] = KINDS[name].prepare(pv.load_data(KINDS[name].data, root=args.root))
         print(sets[name].summary())
-    wanted = {n: args.epochs or math.ceil(SAMPLES / len(d.train)) for n, d in sets.items()}
+    wanted = {name: math.ceil(args.samples / len(data.train)) for name, data in sets.items()}
     results = pv.Results(
         args.out / "results.json",
         title="Learned planes and samples for several numbers of latents",
         protocol={
             "data": " ".join(data.summary() for data in sets.values()),
-            "epochs": str(wanted),
+            "epochs": ", ".join(f"{epochs:,} ({name})" for name, epochs in wanted.items())
+            + f": {args.samples:,} samples each",
             "model": "N(0, I) prior, one hidden layer of tanh units on each side "
             + ", ".join(f"({name}: {args.hidden or KINDS[name].hidden})" for name in sets)
             + ", diagonal normal guide; Bernoulli decoder for bits, else a normal with means in "

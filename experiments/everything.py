@@ -57,7 +57,7 @@ JOBS = {
     "neural_nets_digits": Job("neural_nets", 1),
     "autoregressive_digits": Job("autoregressive", 1),
     "neural_nets_binarized_mnist": Job("neural_nets", 1, "--data binarized_mnist", "--epochs 5"),
-    "aevb_manifold": Job("aevb_manifold", 3, "", "--epochs 20"),
+    "aevb_manifold": Job("aevb_manifold", 3, "", "--samples 1000000"),
     "aevb_bound": Job("aevb_bound", 8, "", "--epochs 20"),
     "aevb_marginal_mnist": Job("aevb_marginal", 6, "", "--sizes 1000 --epochs 200 --images 100"),
     "iwae_mnist": Job(

@@ -52,7 +52,7 @@ def test_what_diverges_gets_a_row_and_stops_no_other(monkeypatch, tmp_path, caps
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("flag", ["--epochs", "--budget", "--num-particles", "--size"])
+@pytest.mark.parametrize("flag", ["--samples", "--budget", "--num-particles", "--size"])
 def test_a_number_too_small_is_one_line(monkeypatch, tmp_path, flag):
     monkeypatch.setattr("sys.argv", [SCRIPT.name, "--out", str(tmp_path), flag, "0"])
     with pytest.raises(SystemExit, match=rf"^aevb_manifold\.py: {flag}: expected more than 0"):
