@@ -168,7 +168,7 @@ class Variant(NamedTuple):
         return f"{said}, {self.prior}" + f", seed {self.seed}" * (self.seed > 0)
 
 
-def adam(params: list[nn.Parameter], programs: Any, args: Any) -> torch.optim.Optimizer:
+def adam(params: list[Tensor], programs: Any, args: Any) -> torch.optim.Optimizer:
     """What decays are the weights of linear layers, neither biases nor pseudo-inputs."""
     weights = {id(m.weight) for p in programs for m in p.modules() if isinstance(m, nn.Linear)}
     decay = {"params": [p for p in params if id(p) in weights], "weight_decay": args.weight_decay}
