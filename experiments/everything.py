@@ -53,7 +53,7 @@ FEW = "--num-particles 500"
 JOBS = {
     "autoencoders_digits": Job("autoencoders", 2),
     "estimator_study_digits": Job("estimator_study", 2, "", "--epochs 100 --draws 50"),
-    "full_vb_digits": Job("full_vb", 2, "", "--sizes 25 100 400"),
+    "full_vb_digits": Job("full_vb", 2, "", "--sizes 25 100 400 --epochs 75"),
     "neural_nets_digits": Job("neural_nets", 1),
     "autoregressive_digits": Job("autoregressive", 1),
     "neural_nets_binarized_mnist": Job("neural_nets", 1, "--data binarized_mnist", "--epochs 5"),

@@ -48,7 +48,7 @@ WAYS = {
     "point": "point estimate",
 }
 NUMBERS = {  # the least, the default, what it is
-    "epochs": (1, 75, f"of {STEPS} gradient steps"),
+    "epochs": (1, 750, f"of {STEPS} gradient steps"),
     "latent-dim": (1, 5, "latents"),
     "hidden": (1, 100, "units on each side"),
     "num-test": (2, 1000, "test data that are judged"),

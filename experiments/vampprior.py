@@ -233,7 +233,7 @@ def figure_of(row: dict[str, Any], *, weighted: bool) -> float:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """The figures by prior, a colour for each number of layers."""
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    figure = Figure(figsize=(6.2, 4), layout="constrained")
     axes = figure.add_subplot()
     names = [prior for prior in PRIORS if any(row["prior"] == prior for row in rows)]
     for depth in sorted({row["layers"] for row in rows}):

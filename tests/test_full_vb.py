@@ -140,7 +140,7 @@ def test_mistakes_are_told_before_anything_is_trained(monkeypatch, tmp_path, opt
 
 
 def test_scales_that_no_data_bind_come_to_the_priors():
-    """Under the KL alone, in a quarter of the script's steps, with its schedule."""
+    """Under the KL alone, in a quarter of the steps of a reduced run, with its schedule."""
     _, guide = SCRIPT["full_pair"](3, 20, 25, 8)
     guide(torch.zeros(1, 8))
     steps = 75 * SCRIPT["STEPS"] // 4
