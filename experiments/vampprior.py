@@ -306,7 +306,7 @@ def main() -> None:
     if ours:
         args.learning_rate, args.patience, rates = 1e-3, None, "with cosine schedule"
         args.schedule = partial(CosineAnnealingLR, T_max=args.epochs)
-    rates += f", weight decay {args.weight_decay:g}" * (args.weight_decay > 0)
+    rates += f", decoupled decay {args.weight_decay:g} of linear layers" * (args.weight_decay > 0)
     results = pv.Results(
         args.out / "results.json",
         title=f"VAE with a VampPrior: {data.name}",
