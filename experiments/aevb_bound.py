@@ -147,13 +147,12 @@ def advantages(rows: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, 
     for name in (name for name, row in there.items() if row["method"] == "AEVB"):
         pair = [name, name.replace(", AEVB,", ", wake-sleep,")]
         if pair[1] in there:
+            found[name] = facts = {}
             x = min(curves[n]["samples"][-1] for n in pair)
-            facts: dict[str, Any] = {"samples": x}
             for part in PARTS:
                 a, b = (float(np.interp(x, curves[n]["samples"], curves[n][part])) for n in pair)
                 error = math.hypot(*(there[n][f"{part}_bound"]["sampling_error"] for n in pair))
                 facts[part] = {"value": a - b, "standard_error": error}
-            found[name.replace(", AEVB,", ",")] = facts
     return found
 
 
@@ -331,7 +330,7 @@ def main() -> None:
             job.train(left / (len(pending) - number))
         else:
             print(f"{job.label}: no time left; call again")
-    results.note(aevb_above_wake_sleep=advantages(results.rows, facts["curves"]))
+    results.note(above_wake_sleep=advantages(results.rows, facts["curves"]))
     results.note(finished=all(job.ended() for job in jobs), as_reported=REPORTED)
     if results.rows:
         picture(results.rows, facts, args.out / "aevb_bound.png")

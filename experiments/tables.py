@@ -7,7 +7,6 @@ The figures lie in docs/results and docs/evidence, as the experiments left them.
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,19 +76,23 @@ def single(figures: dict[str, Any]) -> Section:
 
 
 def free(figures: dict[str, Any]) -> Section:
-    """Rows of any figures, as pv.Results keeps them; what was published stands beside ours."""
+    """Rows of any figures, beside what was published; facts by names of rows are columns."""
     published = dict(figures.get("as_reported", {}))
-    rows = []
+    names, rows = {row["name"] for row in figures["rows"]}, []
+    dicts = {k: of for k, of in figures.items() if k not in ELSEWHERE and isinstance(of, dict)}
+    columns = {key: of for key, of in dicts.items() if names.issuperset(of)}
     for row in figures["rows"]:
         beside = row.get("as_reported", published.pop(row["name"], None))
-        untold = {key: of for key, of in row.items() if key not in TOLD}
+        more = {key: of[row["name"]] for key, of in columns.items() if row["name"] in of}
+        untold = {key: of for key, of in (row | more).items() if key not in TOLD}
         rows.append({**cells(untold), "as_reported": said("as_reported", beside)})
     rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
     fullest = sorted(rows, key=len, reverse=True)  # which have the columns in their order
     keys = list(dict.fromkeys(key for row in fullest for key in row if key != "as_reported"))
     keys = [key for key in (*keys, "as_reported") if any(row.get(key) for row in rows)]
     head = ["" if key == "name" else HEADS.get(key, key.replace("_", " ")) for key in keys]
-    facts = {key.replace("_", " "): fact for key, fact in cells(figures).items() if fact}
+    facts = cells({key: fact for key, fact in figures.items() if key not in columns})
+    facts = {key.replace("_", " "): fact for key, fact in facts.items() if fact}
     for row in figures["rows"]:
         facts |= {f"{said} of {row['name']}": why for said, why in remarks(row).items()}
     facts = protocol(figures) | facts | where(figures)
@@ -141,11 +144,8 @@ def compared(row: dict[str, Any]) -> tuple[float, float, float] | None:
 
 def overview(every: list[dict[str, Any]]) -> list[str]:
     """What of all experiments has a published figure, beside it."""
-    lines, anchors = [], Counter[str]()
+    lines = []
     for figures in every:
-        link = anchor(figures["title"])
-        again = f"-{anchors[link]}" if anchors[link] else ""  # two of a title
-        anchors[link] += 1
         published = figures.get("as_reported", {})
         for row in figures.get("rows", [figures]):
             name = row.get("name", "")
@@ -157,7 +157,7 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
             told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
             of = said("", row.get("of_epochs", row["epochs"]))
             epochs = f"{said('', row['epochs'])} of {of}"
-            title = f"[{figures['title']}](#{link}{again})"
+            title = f"[{figures['title']}](#{anchor(figures['title'])})"
             # The error of an annealed figure is not that of the one by weighting.
             error = abs(row["mean_standard_error"] * beside[1] / row["log_evidence"])
             errors = "" if row.get("weighted") else f"{error:.4f}"
@@ -225,9 +225,8 @@ def comparison(figures: dict[str, Any]) -> Section:
             paired = [f"**{row['difference']:+.2f}**", f"{row['difference_error']:.3f}"]
             paired.append(f"{row['share']:.0%}")
         bits = [f"{row['bits_per_dim']:.4f}"] if with_bits else []
-        of = (
-            f" of {row['of_epochs']}" if row.get("of_epochs", row["epochs"]) > row["epochs"] else ""
-        )
+        total = row.get("of_epochs", row["epochs"])
+        of = f" of {total}" if total > row["epochs"] else ""
         lines.append([*cells, *paired, *bits, f"{row['epochs']}{of}"])
     head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
     head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs"]
@@ -316,6 +315,11 @@ def kind(figures: dict[str, Any]) -> Callable[[dict[str, Any]], Section]:
 def page(head: str, folder: Path) -> str:
     """A page of the figures in a folder."""
     files = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    for title in {figures["title"] for figures in files.values()}:
+        first, *others = (file for file in files if files[file]["title"] == title)
+        for file in others:  # their names say what is different
+            different = file.stem.removeprefix(first.stem).strip("_").replace("_", " ")
+            files[file]["title"] += f", {different}"
     sections = [head, *overview(list(files.values()))]
     for file, figures in files.items():
         table, facts = kind(figures)(figures)

@@ -50,8 +50,7 @@ def test_the_advantage_is_taken_where_the_shorter_curve_ends():
         rows[0]["name"]: {"samples": [1, 2, 4], "train": [1.0, 5.0, 9.0], "test": [0.0, 4.0, 8.0]},
         rows[1]["name"]: {"samples": [1, 3], "train": [0.0, 2.0], "test": [0.0, 1.0]},
     }
-    found = NAMES["advantages"](rows, curves)["d, 2 latents, seed 0"]
-    assert found["samples"] == 3
+    found = NAMES["advantages"](rows, curves)[rows[0]["name"]]
     assert found["train"] == {"value": 5.0, "standard_error": pytest.approx(0.5)}
     assert found["test"]["value"] == 5.0
     assert NAMES["advantages"]([rows[0], {**rows[1], "diverged": True}], curves) == {}
@@ -103,7 +102,7 @@ def test_what_diverges_gets_a_row_and_stops_no_other(monkeypatch, tmp_path, caps
         (None, 2),
     ]
     assert found["finished"] is True
-    assert found["aevb_above_wake_sleep"] == {}
+    assert found["above_wake_sleep"] == {}
     assert (tmp_path / "out" / "aevb_bound.png").is_file()
     monkeypatch.setattr(pv, "fit", None)
     run(monkeypatch, "--out", str(tmp_path / "out"))

@@ -89,14 +89,32 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
     alone = {"title": "T", **ours, "as_reported": {"paper": -89.0, "code": -91.0}}
     spoken = {"title": "U", "rows": [{"name": "one"}], "as_reported": {"one": "0 to 1 on the axis"}}
     assert TABLES["overview"]([spoken]) == []
-    lines = TABLES["overview"]([swaps, spoken, alone, alone])
+    lines = TABLES["overview"]([swaps, spoken, alone])
     assert lines[4:-1] == [
         "| [b_c (D)](#b_c-d) | one | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 2,000 |",
         "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** |  | +0.25 | 10 of 10 |",
         "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 of 10 |",
         "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
-        "| [T](#t-1) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
     ]
+
+
+def test_facts_by_names_of_rows_are_columns():
+    rows = [{"name": "one", "epochs": 5}, {"name": "two", "epochs": 5}]
+    above = {"two": {"train": {"value": 1.5, "standard_error": 0.25}}}
+    table, facts = free(rows, above=above, curves={"one": {"1": [0.5]}}, best={"three": 7})
+    assert table[0] == "|  | epochs | above train |"
+    assert table[2:] == ["| one | 5 |  |", "| two | 5 | 1.50 +- 0.250 |"]
+    assert facts["best three"] == "7"
+    assert not any("above" in key or "curves" in key for key in facts)
+
+
+def test_experiments_of_one_title_are_told_apart_by_their_files(tmp_path):
+    for stem in ("d_mnist", "d_mnist_100_epochs", "e"):
+        figures = {"title": "D: mnist", "protocol": {"data": "mnist"}, "rows": []}
+        (tmp_path / f"{stem}.json").write_text(json.dumps(figures))
+    page = TABLES["page"]("# Results", tmp_path)
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["## D: mnist", "## D: mnist, 100 epochs", "## D: mnist, e"]
 
 
 def test_what_was_published_stands_beside_ours():
