@@ -173,8 +173,8 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("pyro_vae.fit", lambda *args, **options: pytest.fail("trained again"))
     run(monkeypatch, *out)
     assert f"{figures['rows'][1]['log_evidence']:.3f}" in capsys.readouterr().out
-    for other in (["--recipe", "ours"], ["--weight-decay", "0.1"]):
-        with pytest.raises(SystemExit, match="another protocol"):
+    for other, decay in ((["--recipe", "ours"], "0.2"), (["--weight-decay", "0.1"], "0.1")):
+        with pytest.raises(SystemExit, match=f"another protocol.*decoupled decay {decay} of"):
             run(monkeypatch, *out, *other)
     with pytest.raises(SystemExit, match="frey_rawface"):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
