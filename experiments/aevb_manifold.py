@@ -118,8 +118,8 @@ def means(model: Any, z: Tensor) -> Tensor:
 
 
 def picture(panels: list[tuple[str, Tensor, tuple[int, int]]], path: Path) -> None:
-    """The mosaics, two to four in a row."""
-    columns = min(4, len(panels))
+    """The mosaics, three in a row."""
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -132,7 +132,7 @@ def picture(panels: list[tuple[str, Tensor, tuple[int, int]]], path: Path) -> No
         axes.set(xticks=[], yticks=[])
         if "plane" in title:
             axes.set(xlabel="quantile of z1, 0 to 1", ylabel="quantile of z2, 0 to 1")
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
