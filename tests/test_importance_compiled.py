@@ -1,6 +1,7 @@
 """Compiled log-weights are the uncompiled ones, from the same noise."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pyro
@@ -20,6 +21,7 @@ from helpers import (
 
 import pyro_vae as pv
 from pyro_vae.evidence import blocks, compiled
+from pyro_vae.graph.constant import folded
 from pyro_vae.graph.refusal import CannotCompileError
 
 
@@ -112,6 +114,62 @@ def test_the_chunk_follows_from_the_memory(interpreted, monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     (_, first, _, second) = (shapes[0] for shapes in interpreted)
     assert (first[0], second[0]) == (40, 10)  # the largest divisor of 40 up to 12
+
+
+def vampprior_pair() -> tuple[Any, ...]:
+    """Whose pseudo-inputs are far more than the data, and pass the encoder."""
+    torch.manual_seed(0)
+    mlp = partial(pv.networks.mlp, hidden_dims=(20,))
+    encoder = pv.Conditional(mlp(9, (2, 3)), pv.families.normal)
+    likelihood = pv.Conditional(mlp(3, (1, 9)), pv.families.bernoulli)
+    prior = pv.priors.VampPrior(encoder, torch.rand(200, 9), low=0.0, high=1.0)
+    model, guide = pv.Model(prior, likelihood).double(), pv.Guide(encoder).double()
+    return model, guide, (double_bits(7),)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many constants each graph was given, and the graph as it comes to be lowered."""
+    made = []
+
+    def fold(captured):
+        before = len(captured.reached)
+        after = folded(captured)
+        made.append((len(after.reached) - before, after))
+        return after
+
+    monkeypatch.setattr(compiled, "folded", fold)
+    return made
+
+
+def products_in(captured):
+    names = [str(node.target) for node in captured.module.graph.nodes]
+    return sum("mm" in name for name in names)
+
+
+def test_what_a_prior_makes_of_its_parameters_is_computed_once(interpreted, graphs):
+    model, guide, args = vampprior_pair()
+    expected = pv.log_weights(model, guide, *args, num_particles=20, compile=False)
+    found = pv.log_weights(model, guide, *args, num_particles=20, compile=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    (in_draw, _), (in_score, score) = graphs
+    assert (in_draw, in_score) == (0, 2)  # the matrix and the constants of a mixture of normals
+    layers = sum(isinstance(m, torch.nn.Linear) for m in model.likelihood.modules())
+    assert products_in(score) == layers + 1  # of the decoder, and with the matrix
+    with torch.no_grad():  # the next call computes it anew
+        model.prior.places.mul_(0.5)
+    moved = pv.log_weights(model, guide, *args, num_particles=20, compile=True)
+    expected = pv.log_weights(model, guide, *args, num_particles=20, compile=False)
+    torch.testing.assert_close(moved, expected, rtol=1e-10, atol=1e-10)
+    assert (moved - found).abs().max() > 1e-3
+
+
+def test_the_chunk_leaves_out_what_does_not_grow_with_it(interpreted, monkeypatch):
+    model, guide, args = vampprior_pair()
+    # The largest tensor of a particle: 7 data by 200 members; the pseudo-inputs alone are larger.
+    monkeypatch.setitem(blocks.MEMORY_BUDGET, "cpu", 12 * 7 * 200 * 8)
+    pv.log_weights(model, guide, *args, num_particles=40, compile=True)
+    assert interpreted[1][0][0] == 10
 
 
 def guide_of_three(x):

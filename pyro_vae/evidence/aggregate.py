@@ -22,6 +22,7 @@ from pyro_vae.evidence.dimensions import log_probs
 from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.graph.arguments import flatten, rebuild
 from pyro_vae.graph.capture import capture
+from pyro_vae.graph.constant import folded
 from pyro_vae.graph.lower import Kernel, lower
 from pyro_vae.graph.refusal import CannotCompileError, warn_uncompiled
 from pyro_vae.graph.work import WORTH_COMPILING, Work
@@ -178,7 +179,7 @@ class AggregatePosterior:
         contiguous = torch.contiguous_format
         inputs = [t.clone(memory_format=contiguous) for t in (*values, *data)]
         others: list[Any] = [t.roll(1, 0) if t.dim() else t.clone() for t in inputs]
-        return lower(capture(run, inputs, others=others), [], inputs)
+        return lower(folded(capture(run, inputs, others=others)), [], inputs)
 
 
 def _filled(values: Tensor, count: int) -> Tensor:

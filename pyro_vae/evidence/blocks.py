@@ -152,9 +152,12 @@ class Weigher:
         try:
             with forked(device=pair.device), Work() as work:
                 pair.log_weights(1, 1)
+            with forked(device=pair.device), Work() as of_two:
+                pair.log_weights(2, 2)
         except Exception:  # a mistake in the pair, which reads better of all the particles
             return self.chunk_size or particles
-        chunk = self.chunk_size or max(1, MEMORY_BUDGET[_device_type(pair)] // max(work.largest, 1))
+        memory = MEMORY_BUDGET[_device_type(pair)]
+        chunk = self.chunk_size or max(1, memory // _added(work.made, of_two.made))
         chunk = min(chunk, particles)
         if self.compile is False:
             return chunk
@@ -174,6 +177,15 @@ class Weigher:
             warn_uncompiled("the log-weights are computed without compiling", error)
             self.compile = False
             return chunk
+
+
+def _added(one: list[int], two: list[int]) -> int:
+    """Bytes by which the largest of the tensors that particles share out grows with each.
+
+    What a prior makes of its parameters alone stays as large as it is.
+    """
+    added = [b - a for a, b in zip(one, two, strict=True)] if len(one) == len(two) else one
+    return max([1, *added])
 
 
 def _device_type(pair: Pair) -> str:

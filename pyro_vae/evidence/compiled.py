@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.graph.arguments import flatten, rebuild
 from pyro_vae.graph.capture import capture
+from pyro_vae.graph.constant import folded
 from pyro_vae.graph.lower import Kernel, lower
 from pyro_vae.inference.handlers import Trace, latent_sites
 
@@ -16,7 +17,7 @@ __all__ = ["CompiledWeights"]
 
 
 class CompiledWeights:
-    """Computes what ``Pair.log_weights`` computes, for blocks of one shape.
+    """Computes what ``Pair.log_weights`` computes, for blocks of one shape and these parameters.
 
     Args:
         pair: A pair on a block of that shape, at rest.
@@ -89,7 +90,7 @@ class CompiledWeights:
 def _compiled(function: Callable[..., Sequence[Tensor]], data: list[Tensor]) -> Kernel:
     data = [t.clone(memory_format=torch.contiguous_format) for t in data]
     others = [t.roll(1, 0) if t.dim() > 0 and len(t) > 1 else t.clone() for t in data]
-    return lower(capture(function, data, others=others), [], data)
+    return lower(folded(capture(function, data, others=others)), [], data)
 
 
 def _key(args: Arguments) -> Any:

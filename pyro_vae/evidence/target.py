@@ -21,6 +21,7 @@ from torch.distributions import biject_to, constraints
 from pyro_vae.evidence.particles import Arguments, Pair
 from pyro_vae.graph.arguments import flatten, rebuild
 from pyro_vae.graph.capture import capture
+from pyro_vae.graph.constant import folded
 from pyro_vae.graph.lower import lower
 from pyro_vae.inference.handlers import Site, Trace, latent_sites
 from pyro_vae.inference.matching import kind_of
@@ -273,7 +274,7 @@ def compiled_target(space: Space) -> Target:
     inputs = [space.flat(space.template), *_tensors(pair.args)]
     inputs = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     others = [t.roll(1, 0) if t.dim() > 0 and len(t) > 1 else t.clone() for t in inputs]
-    kernel = lower(capture(densities, inputs, others=others), [], inputs)
+    kernel = lower(folded(capture(densities, inputs, others=others)), [], inputs)
 
     def target(u: Tensor, args: Arguments) -> State:
         return State(u, *kernel([u, *_tensors(args)]))

@@ -24,14 +24,14 @@ class Work(TorchDispatchMode):
     Attributes:
         flops: Floating-point operations of matrix products and convolutions.
         elements: Elements written by all operations.
-        largest: Bytes of the largest tensor made.
+        made: Bytes of each tensor made, in their order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.elements = 0
-        self.largest = 0
+        self.made: list[int] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -46,8 +46,13 @@ class Work(TorchDispatchMode):
                 own = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
                 if not func.is_view:
                     self.elements += tensor.numel()
-                    self.largest = max(self.largest, own)
+                    self.made.append(own)
         return result
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor made."""
+        return max(self.made, default=0)
 
     def seconds(self, times: float, calls: int) -> float:
         """A rough time for repeating this work, uncompiled, on two CPU cores.
