@@ -96,8 +96,12 @@ def free(figures: dict[str, Any]) -> Section:
     for row in figures["rows"]:
         facts |= {f"{said} of {row['name']}": why for said, why in remarks(row).items()}
     facts = protocol(figures) | facts | where(figures)
+    made: dict[tuple[str, str], list[str]] = {}
     for row in figures["rows"]:
-        facts |= {f"{key} of {row['name']}": fact for key, fact in where(row).items()}
+        for fact in where(row).items():
+            made.setdefault(fact, []).append(row["name"])
+    for (key, fact), own in made.items():
+        facts[f"{key} of {'each row' if 1 < len(own) == len(names) else '; '.join(own)}"] = fact
     return markdown(head, [[row.get(key, "") for key in keys] for row in rows]), facts
 
 
@@ -257,28 +261,19 @@ def comparison(figures: dict[str, Any]) -> Section:
 def foreign(figures: dict[str, Any]) -> Section:
     """How well scores tell foreign images from a model's own."""
     own, *others = figures["sets"]
-    scores = list(others[0]["auroc"])
-    lines = [
-        f"| {own['name']} | {own['log_evidence']:.1f} | {own['code_bits']:.0f} | "
-        f"{own['ess_median']:.1f} |" + " |" * len(scores)
-    ]
-    for found in others:
-        cells = [
-            f"{found['auroc'][score]['value']:.3f} +- {found['auroc'][score]['standard_error']:.3f}"
-            for score in scores
-        ]
-        lines.append(
-            f"| {found['name']} | {found['log_evidence']:.1f} | {found['code_bits']:.0f} | "
-            f"{found['ess_median']:.1f} | " + " | ".join(cells) + " |"
-        )
-    head = "| images | log p(x) | bits of a code | median ESS | " + " | ".join(scores) + " |"
+    scores, lines = list(others[0]["auroc"]), []
+    for of in (own, *others):
+        areas = [of["auroc"][score] for score in scores] if of is not own else []
+        cells = [f"{area['value']:.3f} +- {area['standard_error']:.3f}" for area in areas]
+        alone = [f"{of['log_evidence']:.1f}", f"{of['code_bits']:.0f}", f"{of['ess_median']:.1f}"]
+        lines.append([of["name"], *alone, *(cells or [""] * len(scores))])
+    head = ["images", "log p(x)", "bits of a code", "median ESS", *scores]
     facts = protocol(figures) | {
         "protocol: scores": "area under the ROC curve, 0.5 is chance",
         "protocol: seed": str(figures["seed"]),
         "protocol: time": f"{figures['seconds']:,.0f} s",
     }
-    table = [head, "|---" * (4 + len(scores)) + "|", *lines]
-    return table, facts | where(figures, versions=False)
+    return markdown(head, lines), facts | where(figures, versions=False)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> list[str]:

@@ -145,6 +145,12 @@ def test_facts_and_other_machines_stand_below():
     assert facts["best k"] == "5"
     assert facts["versions"] == "torch 2.15"
     assert facts["machine of one"] == "Q, 9 cores, cuda"
+    rows = [{"name": name, "value": 1, "machine": other} for name in ("one", "two", "three")]
+    _, facts = free(rows)
+    assert facts["machine of each row"] == "Q, 9 cores, cuda"
+    del rows[0]["machine"]
+    _, facts = free(rows)
+    assert facts["machine of two; three"] == "Q, 9 cores, cuda"
 
 
 @pytest.mark.parametrize(
