@@ -27,6 +27,13 @@ class Conditional(nn.Module):
             dimensions; it may take several inputs.
         family: Function from ``params (*batch, P, D)`` to a distribution with
             ``batch_shape (*batch,)`` and ``event_shape (D,)``; see ``pyro_vae.families``.
+        autocast: ``torch.bfloat16`` lets a float32 network multiply in that precision while it is
+            trained, which is faster on GPUs and on processors that have instructions for it.
+            Params and densities are float32 all the same, and so is everything in eval mode, in
+            which pairs are validated and judged.
+
+    Raises:
+        ValueError: ``autocast`` is another precision.
 
     Example:
         >>> encoder = pv.Conditional(pv.networks.mlp(784, (2, 50)), pv.families.normal)
@@ -34,10 +41,19 @@ class Conditional(nn.Module):
         torch.Size([13, 7])
     """
 
-    def __init__(self, network: nn.Module, family: Family) -> None:
+    def __init__(
+        self, network: nn.Module, family: Family, *, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"Conditional: expected autocast to be torch.bfloat16 or None, got {autocast}"
+                + (", whose gradients vanish unless they are scaled" * (autocast is torch.float16))
+                + "."
+            )
         self.network = network
         self.family = family
+        self.autocast = autocast
 
     def forward(self, *inputs: Tensor) -> TorchDistribution:
         """Return the distribution given the inputs.
@@ -51,7 +67,7 @@ class Conditional(nn.Module):
         Raises:
             ValueError: The network lost or changed a batch dimension.
         """
-        params = self.network(*inputs)
+        params = self._params(*inputs)
         batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
         if params.shape[:-2] != batch:
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
@@ -62,6 +78,13 @@ class Conditional(nn.Module):
                 "also the one that particles add on the left."
             )
         return self.family(params)
+
+    def _params(self, *inputs: Tensor) -> Tensor:
+        if self.autocast is None or not self.training:
+            return self.network(*inputs)
+        with torch.autocast(inputs[0].device.type, self.autocast):
+            params = self.network(*inputs)
+        return params.float() if params.dtype is self.autocast else params
 
 
 @recorded

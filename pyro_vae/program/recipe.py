@@ -4,9 +4,9 @@
 ``describe`` turns a tree of such objects into a JSON value, ``build`` makes the tree again.
 What can stand in a recipe: objects made by recorded factories, this package's public functions
 (families, with or without bound arguments), activations out of ``torch.nn``, distributions and
-transforms of Pyro's, numbers, strings, and sequences of these. A tensor stands for its shape and
-one of its values, since what a factory makes of it is among the saved parameters. An object that
-stands in two places (a shared encoder) is made once.
+transforms of Pyro's, numbers, strings, dtypes, and sequences of these. A tensor stands for its
+shape and one of its values, since what a factory makes of it is among the saved parameters. An
+object that stands in two places (a shared encoder) is made once.
 """
 
 import functools
@@ -84,10 +84,12 @@ def describe(*objects: Any) -> dict[str, Any]:
             return thing
         if isinstance(thing, list | tuple):
             return [value(item, f"{where}[{i}]") for i, item in enumerate(thing)]
+        if isinstance(thing, torch.dtype):
+            return {"dtype": str(thing).removeprefix("torch.")}
         if isinstance(thing, Tensor):
             return {
                 "shape": list(thing.shape),
-                "dtype": str(thing.dtype).removeprefix("torch."),
+                **value(thing.dtype, where),
                 "fill": thing.flatten()[0].item(),
             }
         if hasattr(thing, "_recipe"):
@@ -140,6 +142,8 @@ def build(recipe: dict[str, Any]) -> list[Any]:
         if "shape" in thing:
             dtype = getattr(torch, thing["dtype"])
             return torch.full(thing["shape"], thing["fill"], dtype=dtype)
+        if "dtype" in thing:
+            return getattr(torch, thing["dtype"])
         function = _find(thing["function"])
         bound = {k: value(v) for k, v in thing.get("with", {}).items()}
         return functools.partial(function, **bound) if bound else function
