@@ -87,6 +87,7 @@ class Recipe(NamedTuple):
     words: str
     warmup: float = 0.0  # the part of the epochs after which the KL weight is 1
     family: Callable[[Tensor], Any] = pv.families.normal
+    autocast: torch.dtype | None = None  # in which the networks multiply while they are trained
 
 
 RECIPES = {
@@ -125,11 +126,9 @@ class Generative(PyroModule):
     def forward(self, x: Tensor) -> None:
         """Score data ``(B, D)``."""
         *below, likelihood = self.conditionals
-        level = len(self.conditionals)
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample(f"z{level}", self.prior())
-            for conditional in below:
-                level -= 1
+            z = pyro.sample(f"z{len(self.conditionals)}", self.prior())
+            for level, conditional in zip(range(len(below), 0, -1), below, strict=True):
                 z = pyro.sample(f"z{level}", conditional(z))
             pyro.sample("x", likelihood(z), obs=x)
 
@@ -150,10 +149,10 @@ class Recognition(PyroModule):
 
 def build(mean: Tensor, latent_dims: Sequence[int], recipe: Recipe) -> tuple[Any, Any]:
     """The pair, z_1 first; its decoder starts at the mean of the training data ``(D,)``."""
+    conditional = partial(pv.Conditional, autocast=recipe.autocast)
 
     def normal(here: int, there: int, hidden: tuple[int, ...]) -> pv.Conditional:
-        network = recipe.network(here, (2, there), hidden_dims=hidden)
-        return pv.Conditional(network, recipe.family)
+        return conditional(recipe.network(here, (2, there), hidden_dims=hidden), recipe.family)
 
     steps = list(zip(pairwise([len(mean), *latent_dims]), recipe.hidden_dims, strict=False))
     upwards = [normal(low, high, hidden) for (low, high), hidden in steps]
@@ -161,7 +160,7 @@ def build(mean: Tensor, latent_dims: Sequence[int], recipe: Recipe) -> tuple[Any
     out = recipe.network(latent_dims[0], (1, len(mean)), hidden_dims=recipe.hidden_dims[0])
     *_, bias = out.parameters()
     bias.data.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
-    downwards.append(pv.Conditional(out, pv.families.bernoulli))
+    downwards.append(conditional(out, pv.families.bernoulli))
     return Generative(pv.priors.StandardNormal(latent_dims[-1]), downwards), Recognition(upwards)
 
 
@@ -194,24 +193,26 @@ def measured(variant: Variant, raw: pv.Split, args: Any, seconds: float) -> dict
     begun = (out / "config.json").is_file()
     shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
-    pair = build(data.train.mean(0), args.latent_dims[-variant.layers :], args.recipe)
-    epochs, rate, warmup = args.epochs, 1.0, max(1, round(args.recipe.warmup * args.epochs))
+    autocast = torch.bfloat16 if args.bfloat16 and variant.k > 1 else None
+    recipe = args.recipe._replace(autocast=autocast)
+    pair = build(data.train.mean(0), args.latent_dims[-variant.layers :], recipe)
+    epochs, rate, warmup = args.epochs, 1.0, max(1, round(recipe.warmup * args.epochs))
     if args.after_vae and variant.k > 1:
         epochs, rate, warmup = args.after_vae, 0.5, 1
         if not begun:
-            vae = f"{variant.layers}_VAE_1_{variant.seed}"
-            pv.load(args.out / vae, model=pair[0], guide=pair[1])
+            vae = args.out / f"{variant.layers}_VAE_1_{variant.seed}"
+            pv.load(vae, model=pair[0], guide=pair[1])
     facts = {"of_epochs": epochs, **variant._asdict()}
     try:
         history = pv.fit(
             *pair,
             data,
             loss=OBJECTIVES[variant.objective](variant.k),
-            optimizer=args.recipe.optimizer,
-            lr_schedule=lambda o: LambdaLR(o, lambda e: rate * args.recipe.schedule(e, epochs)),
+            optimizer=recipe.optimizer,
+            lr_schedule=lambda o: LambdaLR(o, lambda e: rate * recipe.schedule(e, epochs)),
             kl_weight=pv.warmup(warmup),
             epochs=epochs,
-            batch_size=args.recipe.batch_size,
+            batch_size=recipe.batch_size,
             max_seconds=seconds,
             out=out,
             resume=begun,
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="paper", choices=list(RECIPES))
     parser.add_argument("--epochs", type=int, help="by default the recipe's: 3280, ours 500")
     parser.add_argument("--after-vae", type=int, default=0, metavar="E", help="0: from scratch")
+    parser.add_argument("--bfloat16", action="store_true", help="train what takes more draws in it")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 50], help="numbers of draws")
@@ -310,7 +312,7 @@ def main() -> None:
             f"hidden layers {args.recipe.hidden_dims} from the data up; N(0, I) at the top, "
             "diagonal normals, Bernoulli likelihood that starts at the mean of the training data",
             "recipe": f"{recipe_name}: {args.recipe.words}; batch {args.recipe.batch_size}, "
-            "parameters of the best validation bound",
+            "parameters of the best bound" + "; several draws in bfloat16" * args.bfloat16,
             "epochs": f"{args.epochs:,}"
             + f", then {args.after_vae} of more draws at half the rate" * (args.after_vae > 0),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
@@ -323,8 +325,7 @@ def main() -> None:
     # The IWAE of one draw is the VAE, which --after-vae needs in any case.
     every = [v if v[1:3] != ("IWAE", 1) else vae for v, vae in zip(every, vaes, strict=True)]
     every = dict.fromkeys(vaes + every if args.after_vae else every)
-    finished = {row["name"] for row in results.rows if row["finished"]}
-    left = [variant for variant in every if variant.name not in finished]
+    left = [v for v in every if v.name not in {r["name"] for r in results.rows if r["finished"]}]
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
         vae = variant._replace(objective="VAE", k=1).name
@@ -339,8 +340,7 @@ def main() -> None:
     rows = [{k: v for k, v in row.items() if v is not None} for row in results.rows]
     rows = [dict.fromkeys(KEPT, math.nan) | row for row in rows]
     picture(rows, args.out / "iwae.png")
-    print(table(rows))
-    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'iwae.png'}")
+    print(f"{table(rows)}\nfigures: {results.path}; picture: {args.out / 'iwae.png'}")
 
 
 if __name__ == "__main__":

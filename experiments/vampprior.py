@@ -132,13 +132,14 @@ class Joined(nn.Module):
 
 
 def build(
-    layers: int, make_prior: MakePrior, data: pv.Split, sizes: Sizes
+    layers: int, make_prior: MakePrior, data: pv.Split, sizes: Sizes, autocast: Any = None
 ) -> tuple[pv.Model | TwoLayers, pv.Guide | TopDown]:
     """The pair; the prior is that of its only latent, or of z2."""
+    conditional = partial(pv.Conditional, autocast=autocast)
     dim, (z, hidden, _) = data.dim, sizes
     gated = partial(pv.networks.gated_mlp, hidden_dims=(hidden, hidden))
     seeing = partial(pv.networks.rescaled, scale=(data.num_levels or 2) - 1.0)  # x, within [0, 1]
-    encoder = pv.Conditional(seeing(gated(dim, (2, z))), pv.families.normal)
+    encoder = conditional(seeing(gated(dim, (2, z))), pv.families.normal)
     prior = make_prior(encoder, data, sizes)
     num_params, family = 1, pv.families.bernoulli
     if data.num_levels is not None:
@@ -146,11 +147,11 @@ def build(
         options: Any = {"num_levels": data.num_levels, "min_scale": 2 * math.exp(-4.5)}
         num_params, family = 2, partial(pv.families.discretized, **options)
     if layers == 1:
-        likelihood = pv.Conditional(gated(z, (num_params, dim)), family)
+        likelihood = conditional(gated(z, (num_params, dim)), family)
         return pv.Model(prior, likelihood), pv.Guide(encoder)
-    likelihood = pv.Conditional(Joined((z, z), (num_params, dim), hidden), family)
-    between = pv.Conditional(gated(z, (2, z)), pv.families.normal)
-    bottom = pv.Conditional(seeing(Joined((dim, z), (2, z), hidden)), pv.families.normal)
+    likelihood = conditional(Joined((z, z), (num_params, dim), hidden), family)
+    between = conditional(gated(z, (2, z)), pv.families.normal)
+    bottom = conditional(seeing(Joined((dim, z), (2, z), hidden)), pv.families.normal)
     return TwoLayers(prior, between, likelihood), TopDown(encoder, bottom)
 
 
@@ -180,15 +181,14 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
     """Train as far as the time goes, and judge: the figures of a row."""
     folder = "".join(c if c.isalnum() else "-" for c in variant.name.lower())
     out = args.out / "-".join(part for part in folder.split("-") if part)
-    shared: Any = {"seed": variant.seed, "device": args.device}
     torch.manual_seed(variant.seed)
-    model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes)
+    autocast = torch.bfloat16 if args.bfloat16 else None
+    model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes, autocast)
+    shared: Any = {"model": model, "guide": guide, "data": data}
+    shared |= {"seed": variant.seed, "device": args.device}
     facts = {"of_epochs": args.epochs, **variant._asdict()}
     try:
         history = pv.fit(
-            model,
-            guide,
-            data,
             optimizer=partial(adam, programs=(model, guide), args=args),
             lr_schedule=args.schedule,
             kl_weight=pv.warmup(args.warmup),
@@ -205,8 +205,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
         print(error, flush=True)
         epochs = len((out / "metrics.jsonl").read_text().splitlines())
         return {"diverged": True, "finished": True, "epochs": epochs, **facts}
-    of_pair: Any = {"model": model, "guide": guide, "data": data, **shared}
-    pv.evaluate_run(out, num_particles=args.num_particles, budget=args.anneal, **of_pair)
+    pv.evaluate_run(out, num_particles=args.num_particles, budget=args.anneal, **shared)
     judged = json.loads((out / "evidence.json").read_text())
     levels, annealed = data.num_levels is not None, args.anneal > 0
     kept = KEPT + ("weighted", "num_annealed") * annealed + ("bits_per_dim",) * levels
@@ -282,6 +281,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="paper", choices=["paper", "ours"])
     parser.add_argument("--epochs", type=int, help="at most; 2000 by default, ours 500")
     parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL weight is 1")
+    parser.add_argument("--bfloat16", action="store_true", help="networks are trained in it")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--weight-decay", type=float, help="decoupled; 0 by default, ours 0.2")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
@@ -307,6 +307,7 @@ def main() -> None:
         args.learning_rate, args.patience, rates = 1e-3, None, "with cosine schedule"
         args.schedule = partial(CosineAnnealingLR, T_max=args.epochs)
     rates += f", decoupled decay {args.weight_decay:g} of linear layers" * (args.weight_decay > 0)
+    rates += ", networks in bfloat16" * args.bfloat16
     results = pv.Results(
         args.out / "results.json",
         title=f"VAE with a VampPrior: {data.name}",
@@ -328,7 +329,7 @@ def main() -> None:
         device=args.device,
     )
     finished = {row["name"] for row in results.rows if row["finished"]}
-    every = [Variant(*which) for which in product(args.layers, args.priors, args.seeds)]
+    every = (Variant(*which) for which in product(args.layers, args.priors, args.seeds))
     left = [variant for variant in every if variant.name not in finished]
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
@@ -339,8 +340,7 @@ def main() -> None:
     rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in results.rows]
     rows = [dict.fromkeys(KEPT, math.nan) | row for row in rows]
     picture(rows, args.out / "vampprior.png")
-    print(table(rows))
-    print(f"figures: {args.out / 'results.json'}; picture: {args.out / 'vampprior.png'}")
+    print(f"{table(rows)}\nfigures: {results.path}; picture: {args.out / 'vampprior.png'}")
 
 
 if __name__ == "__main__":

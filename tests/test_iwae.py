@@ -193,6 +193,22 @@ def test_more_draws_may_begin_where_the_vae_ends(monkeypatch, tmp_path, capsys):
         assert torch.equal(parameter, start)
 
 
+def test_what_takes_more_draws_is_trained_in_bfloat16_where_that_is_asked(monkeypatch, tmp_path):
+    fit, precisions = pv.fit, {}
+
+    def watched(*pair: Any, out: Path, **options: Any) -> pv.History:
+        modules = [module for program in pair[:2] for module in program.modules()]
+        precisions[out.name] = {m.autocast for m in modules if isinstance(m, pv.Conditional)}
+        return fit(*pair, out=out, **options)
+
+    monkeypatch.setattr("pyro_vae.fit", watched)
+    call = [*ONLY, str(tmp_path), "--bfloat16"]
+    run(monkeypatch, *call)
+    assert precisions == {"2_VAE_1_0": {None}, "2_IWAE_3_0": {torch.bfloat16}}
+    with pytest.raises(SystemExit, match=r"another protocol: recipe.*draws in bfloat16"):
+        run(monkeypatch, *call[:-1])
+
+
 def test_those_that_diverge_stop_no_other_and_cost_their_time(monkeypatch, tmp_path, capsys):
     """A budget of 6 minutes, and a clock that trainings and judging move by one each."""
     fit, judge, now, shares = pv.fit, pv.evaluate_run, [0.0], []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from affine import Variables, affine
 from scripts import runner
+from torch import nn
 from torch.distributions import MultivariateNormal
 
 import pyro_vae as pv
@@ -178,6 +179,25 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
             run(monkeypatch, *out, *other)
     with pytest.raises(SystemExit, match="frey_rawface"):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
+
+
+def test_all_networks_are_trained_in_bfloat16_where_that_is_asked(monkeypatch, tmp_path):
+    fit, precisions = pv.fit, []
+
+    def watched(*, model: nn.Module, guide: nn.Module, **options: Any) -> pv.History:
+        modules = [*model.modules(), *guide.modules()]
+        precisions.append({m.autocast for m in modules if isinstance(m, pv.Conditional)})
+        return fit(model, guide, **options)
+
+    monkeypatch.setattr("pyro_vae.fit", watched)
+    out = ["--out", str(tmp_path), "--priors", "VampPrior"]
+    run(monkeypatch, *out, "--bfloat16")
+    assert precisions == [{torch.bfloat16}] * 2
+    with pytest.raises(SystemExit, match=r"another protocol.*networks in bfloat16"):
+        run(monkeypatch, *out)
+    (tmp_path / "results.json").unlink()
+    run(monkeypatch, "--out", str(tmp_path / "full"), "--layers", "1", "--priors", "VampPrior")
+    assert precisions[2:] == [{None}]
 
 
 def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_path, capsys):
