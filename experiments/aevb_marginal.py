@@ -303,7 +303,7 @@ def main() -> None:
     wanted = {n: args.epochs or math.ceil(SAMPLES / n) for n in args.sizes}
     protocol = {
         "data": data.summary(),
-        "epochs": str(wanted),
+        "epochs": ", ".join(f"{epochs:,} ({n:,} training data)" for n, epochs in wanted.items()),
         "model": f"N(0, I) prior in {args.latent_dim} dimensions, {args.hidden} tanh units on "
         "each side, diagonal normal guide, Bernoulli decoder; initial weights N(0, 0.01)",
         "training": f"Adagrad, step {args.step}, batch {BATCH}, prior N(0, I) of the decoder's "

@@ -14,6 +14,8 @@ import torch
 from scripts import runner
 from torch import Tensor, nn
 
+import pyro_vae as pv
+
 SCRIPT = Path(__file__).parents[1] / "experiments" / "aevb_bound.py"
 NAMES = runpy.run_path(str(SCRIPT))
 
@@ -73,6 +75,18 @@ def test_the_thinned_curve_keeps_both_ends():
     assert curve["test"][-1] == -4000
 
 
+def test_what_no_latents_reach_is_the_entropy_of_fitted_dimensions():
+    data = pv.load_data("digits").binarize_static()
+    p = data.test.double().mean(0)
+    entropies = torch.special.entr(p) + torch.special.entr(1 - p)
+    found = NAMES["without_latents"](NAMES["PANELS"]["digits"], data)
+    assert found == pytest.approx(-entropies.sum().item(), abs=0.01)
+    data = pv.load_data("digits").dequantize()
+    normals = dist.Normal(data.test.mean(0), data.test.std(0))
+    found = NAMES["without_latents"](NAMES["PANELS"]["grey_digits"], data)
+    assert found == pytest.approx(normals.log_prob(data.test).sum(-1).mean().item(), rel=1e-4)
+
+
 def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     run(monkeypatch, "--smoke", "--out", str(out))
@@ -85,8 +99,9 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
         assert figures["curves"][name]["samples"] == [row["num_train"], 2 * row["num_train"]]
         assert ("variance_gain" in row) == (row["method"] == "AEVB")
     assert "as_reported" in figures
+    assert list(figures["without_latents"]) == ["grey_digits"]
     assert (out / "aevb_bound.png").stat().st_size > 1000
-    assert "test, nats per datum, after 2 of 2 epochs" in capsys.readouterr().out
+    assert "test nats per datum, 2 of 2 epochs" in capsys.readouterr().out
     before = (out / "results.json").read_text()
     run(monkeypatch, "--smoke", "--out", str(out))
     assert "nats per datum" not in capsys.readouterr().out

@@ -153,6 +153,17 @@ def test_facts_and_other_machines_stand_below():
     assert facts["machine of two; three"] == "Q, 9 cores, cuda"
 
 
+def test_a_bound_that_is_still_far_out_says_why():
+    of_both = [
+        {"name": m, "method": m, "test_bound": {"value": -2e6}} for m in ("AEVB", "wake-sleep")
+    ]
+    _, facts = free(of_both)
+    assert "log-variances far out" in facts["bound of wake-sleep"]
+    assert "bound of AEVB" not in facts
+    _, facts = free([{**of_both[1], "test_bound": {"value": -140.0}}])
+    assert "bound of wake-sleep" not in facts
+
+
 @pytest.mark.parametrize(
     ("figures", "why"),
     [
