@@ -143,7 +143,7 @@ def thinned(records: list[dict[str, Any]], size: int) -> dict[str, list[float]]:
 
 def without_latents(panel: Any, data: pv.Split) -> float:
     """The highest test bound that the family reaches without latents: each dimension fitted."""
-    mean, scale = data.test.mean(0).clamp(1e-6, 1 - 1e-6), data.test.std(0)
+    mean, scale = data.test.mean(0).clamp(1e-6, 1 - 1e-6), data.test.std(0, unbiased=False)
     params = torch.stack([mean.logit(), 2 * scale.log()][: 1 + (panel.family is sigmoid_normal)])
     with pyro.validation_enabled(is_validate=data.is_density):
         return panel.family(params).log_prob(data.test).mean().item()
@@ -213,7 +213,7 @@ class Training:
         self.row: dict[str, Any] = {"data": name, "latent_dim": latent_dim, "method": self.method}
         self.row |= {"seed": self.seed, "epochs": 0}
         for row in (row for row in results.rows if row["name"] == self.label):
-            self.row |= {key: figure for key, figure in row.items() if key != "name"}
+            self.row |= {k: of for k, of in row.items() if k not in ("name", "machine", "versions")}
 
     def ended(self) -> bool:
         """Whether there is nothing left to train."""

@@ -114,10 +114,10 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
                 f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
                 "come to the posterior from where they began"
             )
-    if row.get("method") == "wake-sleep" and row.get("test_bound", {"value": 0})["value"] < -1e4:
+    bound = row.get("test_bound") or {}
+    if row.get("method") == "wake-sleep" and (bound.get("value") or 0.0) < -1e4:
         found["bound"] = (
-            "the first steps of Adagrad, all of full length, threw the encoder's log-variances far "
-            "out, and only dreams bring them back"
+            "Adagrad's first steps threw log-variances far out, and only dreams bring them back"
         )
     if (beside := compared(row)) is None:
         return found

@@ -1,5 +1,6 @@
 """Rows of figure 2: their errors, cuts by the budget, divergence, and mistakes."""
 
+import json
 import math
 import runpy
 from pathlib import Path
@@ -64,13 +65,15 @@ def test_grey_levels_can_be_given_to_a_bernoulli_as_in_the_paper(monkeypatch, tm
 
 
 def test_a_cut_by_the_budget_changes_nothing(monkeypatch, tmp_path):
-    """Also: what was finished is not trained again."""
+    """Also: what was finished is not trained again, and the machine is that of the last call."""
     out = tmp_path / "cut"
     one = ["--methods", "AEVB"]
     run(monkeypatch, *one, "--out", str(tmp_path / "whole"))
     run(monkeypatch, *one, "--budget", "0.00001", "--out", str(out))
     cut = figures(out)
     assert ([row["epochs"] for row in cut["rows"]], cut["finished"]) == ([1], False)
+    cut["rows"][0]["machine"] = {"processor": "another", "cores": 1, "device": "cpu"}
+    (out / "results.json").write_text(json.dumps(cut))
     run(monkeypatch, *one, "--out", str(out))
     whole, again = figures(tmp_path / "whole"), figures(out)
     for found in (whole, again):

@@ -164,6 +164,32 @@ def test_what_a_prior_makes_of_its_parameters_is_computed_once(interpreted, grap
     assert (moved - found).abs().max() > 1e-3
 
 
+def test_a_prior_that_all_data_share_is_computed_once(interpreted, graphs):
+    _, guide, args = vampprior_pair()
+    at, decoder = torch.nn.Parameter(torch.ones(4).double()), pv.networks.mlp(3, (1, 9)).double()
+    prior = pv.Conditional(pv.networks.mlp(4, (2, 3)).double(), pv.families.normal)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", prior(at))
+            pyro.sample("x", pv.families.bernoulli(decoder(z)), obs=x)
+
+    expected = pv.log_weights(model, guide, *args, num_particles=20, compile=False)
+    found = pv.log_weights(model, guide, *args, num_particles=20, compile=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    _, (count, score) = graphs
+    assert count > 0
+    with torch.no_grad():
+        for tensor in score.reached:  # no view of it all, which can't be written to
+            tensor.copy_(tensor.clone())
+
+
+def test_what_does_not_grow_is_counted_once_where_auto_decides():
+    lists = {"alike": ([10, 80], [20, 80]), "of other lengths": ([10, 80], [20, 80, 5])}
+    assert [blocks._added(*both) for both in lists.values()] == [10, 80]
+    assert blocks._added([], []) == 1
+
+
 def test_the_chunk_leaves_out_what_does_not_grow_with_it(interpreted, monkeypatch):
     model, guide, args = vampprior_pair()
     # The largest tensor of a particle: 7 data by 200 members; the pseudo-inputs alone are larger.

@@ -152,8 +152,9 @@ class Weigher:
         try:
             with forked(device=pair.device), Work() as work:
                 pair.log_weights(1, 1)
+            two = min(2, particles)
             with forked(device=pair.device), Work() as of_two:
-                pair.log_weights(2, 2)
+                pair.log_weights(two, two)
         except Exception:  # a mistake in the pair, which reads better of all the particles
             return self.chunk_size or particles
         memory = MEMORY_BUDGET[_device_type(pair)]
@@ -167,7 +168,11 @@ class Weigher:
         calls = data_blocks * particle_blocks
         # What the user asks for is compiled for the first shape; remainders have to be worth it.
         asked = self.compile is True and not self._plans
-        if not asked and work.seconds(calls * particles, calls) < WORTH_COMPILING:
+        chunks = calls * math.ceil(particles / chunk)
+        once = 2 * work.seconds(1, 0) - of_two.seconds(1, 0)  # what particles don't add to
+        each = work.seconds(1, 0) - once
+        seconds = calls * particles * each + chunks * once + work.seconds(0, calls)
+        if not asked and seconds < WORTH_COMPILING:
             return chunk
         even = max(d for d in range(1, chunk + 1) if particles % d == 0)
         try:

@@ -17,7 +17,8 @@ __all__ = ["folded"]
 def folded(captured: Captured) -> Captured:
     """The graph with this moment's value of all that takes a product, but no argument.
 
-    Only for a graph that is thrown away before a tensor that it reached changes.
+    Only for a graph that is thrown away before a tensor that it reached changes. What is written to
+    in place is no constant, nor is what is made of it.
 
     Args:
         captured: The graph; used up.
@@ -27,22 +28,24 @@ def folded(captured: Captured) -> Captured:
     """
     graph = captured.module.graph
     nodes = list(graph.nodes)
-    if any(_changes_in_place(node) for node in nodes):
-        return captured
     placeholders = [node for node in nodes if node.op == "placeholder"]
-    arguments = len(placeholders) - len(captured.reached)
-    constant = set(placeholders[arguments:])
+    reached = placeholders[len(placeholders) - len(captured.reached) :]
+    writing = (node for node in nodes if _changes_in_place(node))
+    written = {_viewed(source) for node in writing for source in node.all_input_nodes}
+    constant = {node for node in reached if node not in written}
     products: set[fx.Node] = set()  # constants that are worth it: a product, or made of one
     for node in nodes:
-        literal = node.op == "get_attr"
-        computed = node.op == "call_function" and not _is_random(node)
-        if literal or (computed and all(source in constant for source in node.all_input_nodes)):
+        computed = node.op == "call_function" and not (_is_random(node) or _changes_in_place(node))
+        known = node.op == "get_attr" or (computed and constant.issuperset(node.all_input_nodes))
+        if known and _viewed(node) not in written:
             constant.add(node)
             if _is_product(node) or not products.isdisjoint(node.all_input_nodes):
                 products.add(node)
-    wanted = [node for node in nodes if node in products and not constant.issuperset(node.users)]
+    ends = [node for node in nodes if node in products and not constant.issuperset(node.users)]
+    # Views stay in the graph: an expanded value would be no memory that can be written to.
+    wanted = list(dict.fromkeys(map(_viewed, ends)))
     wanted = [node for node in wanted if isinstance(node.meta.get("val"), Tensor)]
-    values = _values(captured, wanted)
+    values = _values(captured, reached, wanted)
     for node, value in zip(wanted, values, strict=True):
         with graph.inserting_after(placeholders[-1]):
             new = graph.placeholder(f"constant_{node.name}")
@@ -55,26 +58,33 @@ def folded(captured: Captured) -> Captured:
     return Captured(captured.module, [*captured.reached, *values])
 
 
-def _values(captured: Captured, wanted: list[fx.Node]) -> list[Tensor]:
+def _values(captured: Captured, reached: list[fx.Node], wanted: list[fx.Node]) -> list[Tensor]:
     """The values of constants, computed by the graph itself."""
     if not wanted:
         return []
-    part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    placeholders = [node for node in captured.module.graph.nodes if node.op == "placeholder"]
-    reached = placeholders[len(placeholders) - len(captured.reached) :]
-    needed = set(wanted)
-    for node in reversed(captured.module.graph.nodes):
+    nodes = list(captured.module.graph.nodes)
+    needed = {*reached, *wanted}
+    for node in reversed(nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    for node in captured.module.graph.nodes:
-        if node in needed or node in reached:
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in wanted))
     # The graph has the casts of its own autocast written out, and knows of no other.
     device = wanted[0].meta["val"].device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
         return list(fx.GraphModule(captured.module, part)(*captured.reached))
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    alike = torch.ops.aten._unsafe_view.default
+    while node.target == alike or getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_product(node: fx.Node) -> bool:

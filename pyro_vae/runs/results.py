@@ -98,8 +98,8 @@ class Results:
     def put(self, name: str, /, **figures: Any) -> None:
         """Add a row, or replace the one of this name where it stands; written at once.
 
-        A row that is put on another machine, or by other versions, than the file says bears its
-        own; what it bore when it was put before is forgotten.
+        A row that was made on another machine, or by other versions, than the file says bears its
+        own.
 
         Args:
             name: Its name.
@@ -113,8 +113,7 @@ class Results:
         if "name" in figures:
             raise ValueError("put: 'name' is the name of the row; call the figure something else.")
         elsewhere = {key: fact for key, fact in self._here.items() if self._kept[key] != fact}
-        read = {key: _as_read(of, key) for key, of in figures.items() if key not in self._here}
-        row = {"name": name, **read, **elsewhere}
+        row = {"name": name, **{k: _as_read(v, k) for k, v in figures.items()}, **elsewhere}
         rows = self.rows
         for i, old in enumerate(rows):
             if old["name"] == name:
