@@ -294,7 +294,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.ks, args.num_particles - 1, args.after_vae + 1) < 1 or not args.budget > 0:
         parser.error("expected --ks >= 1, --after-vae >= 0, --num-particles >= 2, --budget > 0")
-    recipe_name, args.recipe, args.latent_dims = args.recipe, RECIPES[args.recipe], [100, 50]
+    name, args.recipe, args.latent_dims = args.recipe, RECIPES[args.recipe], [100, 50]
     data = divided(pv.load_data(args.data, root=args.root))
     if args.smoke:
         args.recipe = args.recipe._replace(hidden_dims=((8,), (8,)), batch_size=50)
@@ -311,8 +311,8 @@ def main() -> None:
             "model": f"{args.latent_dims[-1]} latents in one layer, {args.latent_dims} in two, "
             f"hidden layers {args.recipe.hidden_dims} from the data up; N(0, I) at the top, "
             "diagonal normals, Bernoulli likelihood that starts at the mean of the training data",
-            "recipe": f"{recipe_name}: {args.recipe.words}; batch {args.recipe.batch_size}, "
-            "parameters of the best bound" + "; several draws in bfloat16" * args.bfloat16,
+            "recipe": f"{name}{', bfloat16 for k > 1' * args.bfloat16}: {args.recipe.words}; "
+            f"batch {args.recipe.batch_size}, parameters of the best validation bound",
             "epochs": f"{args.epochs:,}"
             + f", then {args.after_vae} of more draws at half the rate" * (args.after_vae > 0),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",

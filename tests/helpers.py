@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -125,6 +126,17 @@ Made = tuple[Any, Any, tuple[Any, ...]]
 def double_bits(size: int = 7, dim: int = 9) -> Tensor:
     """Random bits (N, D) in float64."""
     return bits(size, dim).double()
+
+
+def vampprior_pair() -> tuple[Any, ...]:
+    """A VampPrior whose pseudo-inputs are far more than the data."""
+    torch.manual_seed(0)
+    mlp = partial(pv.networks.mlp, hidden_dims=(20,))
+    encoder = pv.Conditional(mlp(9, (2, 3)), pv.families.normal)
+    likelihood = pv.Conditional(mlp(3, (1, 9)), pv.families.bernoulli)
+    prior = pv.priors.VampPrior(encoder, torch.rand(200, 9), low=0.0, high=1.0)
+    model, guide = pv.Model(prior, likelihood).double(), pv.Guide(encoder).double()
+    return model, guide, (double_bits(7),)
 
 
 def library_pair() -> Made:

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.integrate
 import torch
-from helpers import LinearGaussian, library_pair, masked_pair
+from helpers import LinearGaussian, library_pair, masked_pair, vampprior_pair
 from torch import Tensor
 from weights import WEIGHABLE
 
@@ -222,7 +222,8 @@ def test_parameters_get_no_gradient_and_modules_keep_their_mode():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_compiled_chains_are_the_uncompiled_ones(monkeypatch):
+@pytest.mark.parametrize(("make", "constant"), [(library_pair, False), (vampprior_pair, True)])
+def test_the_compiled_chains_are_the_uncompiled_ones(make, constant, monkeypatch):
     captured: list[Any] = []
 
     def interpret(graph: Any, static: Any, data: Any) -> Any:
@@ -230,12 +231,15 @@ def test_the_compiled_chains_are_the_uncompiled_ones(monkeypatch):
         return torch.no_grad()(lambda given: graph.module(*static, *given, *graph.reached))
 
     monkeypatch.setattr(target, "lower", interpret)
-    model, guide, (x,) = library_pair()
+    model, guide, (x,) = make()
     x = torch.cat([x] * 30)  # blocks of 100, 100 and 10
     options: dict[str, Any] = {"num_chains": 18, "temperatures": 5, "leapfrog_steps": 2}
     compiled = pv.ais(model, guide, x, compile=True, **options)
     eager = pv.ais(model, guide, x, compile=False, **options)
     assert len(captured) == 4  # two shapes of chains, two of data
+    for graph in captured:
+        names = [node.name for node in graph.module.graph.nodes if node.op == "placeholder"]
+        assert any(name.startswith("constant_") for name in names) == constant
     torch.testing.assert_close(compiled.value, eager.value, rtol=0, atol=1e-10)
     torch.testing.assert_close(compiled.acceptance, eager.acceptance, rtol=0, atol=1e-10)
 

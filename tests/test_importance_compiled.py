@@ -1,7 +1,6 @@
 """Compiled log-weights are the uncompiled ones, from the same noise."""
 
 import warnings
-from functools import partial
 from typing import Any
 
 import pyro
@@ -17,6 +16,7 @@ from helpers import (
     module_pair,
     store_pair,
     tutorial_pair,
+    vampprior_pair,
 )
 
 import pyro_vae as pv
@@ -114,17 +114,6 @@ def test_the_chunk_follows_from_the_memory(interpreted, monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     (_, first, _, second) = (shapes[0] for shapes in interpreted)
     assert (first[0], second[0]) == (40, 10)  # the largest divisor of 40 up to 12
-
-
-def vampprior_pair() -> tuple[Any, ...]:
-    """Whose pseudo-inputs are far more than the data, and pass the encoder."""
-    torch.manual_seed(0)
-    mlp = partial(pv.networks.mlp, hidden_dims=(20,))
-    encoder = pv.Conditional(mlp(9, (2, 3)), pv.families.normal)
-    likelihood = pv.Conditional(mlp(3, (1, 9)), pv.families.bernoulli)
-    prior = pv.priors.VampPrior(encoder, torch.rand(200, 9), low=0.0, high=1.0)
-    model, guide = pv.Model(prior, likelihood).double(), pv.Guide(encoder).double()
-    return model, guide, (double_bits(7),)
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def test_what_takes_more_draws_is_trained_in_bfloat16_where_that_is_asked(monkey
     call = [*ONLY, str(tmp_path), "--bfloat16"]
     run(monkeypatch, *call)
     assert precisions == {"2_VAE_1_0": {None}, "2_IWAE_3_0": {torch.bfloat16}}
-    with pytest.raises(SystemExit, match=r"another protocol: recipe.*draws in bfloat16"):
+    with pytest.raises(SystemExit, match=r"another protocol: recipe.*bfloat16 for k"):
         run(monkeypatch, *call[:-1])
 
 
