@@ -249,7 +249,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             own = [r for r in rows if (r["layers"], r["objective"]) == (depth, objective)]
             own = sorted((r for r in own if "active_units" in r), key=lambda row: row["k"])
             ks = [row["k"] for row in own]
-            style: Any = {"color": f"C{i}", "label": objective, "alpha": 0.8}
+            style: Any = {"color": f"C{i}", "label": objective if own else None, "alpha": 0.8}
             top.plot(ks, [row["log_evidence"] for row in own], "o-", **style)
             top.plot(ks, [r.get("as_reported", math.nan) for r in own], "x", color=f"C{i}", ms=8)
             bottom.plot(ks, [sum(row["active_units"].values()) for row in own], "o-", **style)
