@@ -43,7 +43,7 @@ import pyro_vae as pv
 # Nats, by data, layers and objective, then by k; DReG as in github.com/nbip/IWAE.
 REPORTED: dict[tuple[str, int, str], dict[int, float]] = {
     ("binarized_mnist", 1, "VAE"): {1: -88.71},
-    ("binarized_mnist", 1, "IWAE"): {5: -87.63, 50: -87.10},
+    ("binarized_mnist", 1, "IWAE"): {5: -87.63, 50: -86.82},  # 50: pythae's; the paper's -87.10
     ("mnist", 1, "VAE"): {1: -86.76, 5: -86.47, 50: -86.35},
     ("mnist", 1, "IWAE"): {5: -85.54, 50: -84.78},
     ("mnist", 1, "DReG"): {1: -86.08, 5: -84.90, 50: -84.32},

@@ -21,8 +21,10 @@ from helpers import (
 
 import pyro_vae as pv
 from pyro_vae.evidence import blocks, compiled
+from pyro_vae.evidence.particles import Pair
 from pyro_vae.graph.constant import folded
 from pyro_vae.graph.refusal import CannotCompileError
+from pyro_vae.graph.work import Work
 
 
 @pytest.fixture
@@ -173,7 +175,21 @@ def test_a_prior_that_all_data_share_is_computed_once(interpreted, graphs):
             tensor.copy_(tensor.clone())
 
 
-def test_what_does_not_grow_is_counted_once_where_auto_decides():
+def test_auto_counts_once_a_chunk_what_particles_do_not_add_to(interpreted, monkeypatch):
+    model, guide, args = vampprior_pair()
+    pair = Pair(model, guide, args, None)
+    with torch.no_grad(), Work() as work:
+        pair.log_weights(1, 1)
+    half = work.seconds(50, 1)  # of what it were if every particle had pseudo-inputs of its own
+    monkeypatch.setattr(blocks, "WORTH_COMPILING", half)
+    pv.log_weights(model, guide, *args, num_particles=100)
+    assert not interpreted
+    monkeypatch.setattr(blocks, "WORTH_COMPILING", work.seconds(0, 1))
+    pv.log_weights(model, guide, *args, num_particles=100)
+    assert interpreted
+
+
+def test_a_tensor_that_does_not_grow_adds_nothing_for_a_particle():
     lists = {"alike": ([10, 80], [20, 80]), "of other lengths": ([10, 80], [20, 80, 5])}
     assert [blocks._added(*both) for both in lists.values()] == [10, 80]
     assert blocks._added([], []) == 1
