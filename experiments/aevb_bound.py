@@ -25,6 +25,7 @@ import math
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,22 +92,20 @@ def adagrad(model: nn.Module, guide: nn.Module, step: float, size: int) -> Any:
     return lambda _: torch.optim.Adagrad([*groups, {"params": [*guide.parameters()]}], lr=step)
 
 
-def chosen_step(
-    make: Callable[[], tuple[Any, Any]], loss: Any, data: pv.Split, steps: list[float], count: int
-) -> float:
+def chosen_step(make: Any, loss: Any, data: pv.Split, steps: list[float], count: int) -> float:
     """The step size whose bound is best at the end of the first minibatches."""
-    found, refresh = {steps[0]: 0.0}, data.refresh or (lambda x: x)
+    found, refresh = dict.fromkeys(steps, -math.inf), data.refresh or (lambda x: x)
     for step in steps if len(steps) > 1 else ():
-        model, guide = make()
-        optimizer = adagrad(model, guide, step, len(data.train))
-        svi = pv.SVI(model, guide, optimizer, loss(), compile=False)
+        pair: tuple[Any, Any] = make()
+        svi = pv.SVI(*pair, adagrad(*pair, step, len(data.train)), loss(), compile=False)
         with torch.random.fork_rng(), pyro.validation_enabled(is_validate=data.is_density):
             torch.manual_seed(0)
             order = torch.randint(len(data.train), (count, BATCH))
-            terms = [svi.update(refresh(data.train[rows])) for rows in order]
-        bound = -sum((t.distortion + t.rate).item() for t in terms[-max(count // 4, 1) :])
-        found[step] = bound if math.isfinite(bound) else -math.inf
-    return max(found, key=lambda step: found[step])
+            with suppress(pv.DivergedError):
+                terms = [svi.update(refresh(data.train[rows])) for rows in order]
+                last = terms[-max(count // 4, 1) :]
+                found[step] = -sum((t.distortion + t.rate).item() for t in last)
+    return max(found, key=lambda step: -math.inf if math.isnan(found[step]) else found[step])
 
 
 def noise(model: Any, guide: Any, data: pv.Split, draws: int, seed: int) -> list[float]:

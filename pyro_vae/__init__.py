@@ -19,11 +19,10 @@ from pyro_vae.evidence.reciprocal import reciprocal_evidence
 from pyro_vae.evidence.surgery import elbo_parts
 from pyro_vae.evidence.upper import UpperBound, upper_bound
 from pyro_vae.inference.free_bits import FreeBits
-from pyro_vae.inference.handlers import kl_weight
-from pyro_vae.inference.loop import DivergedError, warmup
+from pyro_vae.inference.handlers import kl_weight, warmup
 from pyro_vae.inference.refine import refine
 from pyro_vae.inference.stratified import Stratified
-from pyro_vae.inference.svi import SVI
+from pyro_vae.inference.svi import SVI, DivergedError
 from pyro_vae.inference.wake_sleep import WakeSleep
 from pyro_vae.inference.weighted import (
     DReG,

@@ -17,7 +17,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
 from pyro_vae.data import Kind
-from pyro_vae.inference.loop import DivergedError
+from pyro_vae.inference.svi import DivergedError
 from pyro_vae.options import ACTIVATIONS, EPOCHS, parser
 from pyro_vae.runs import plots
 from pyro_vae.runs.directory import Run, atomically

@@ -111,6 +111,22 @@ def test_what_diverges_gets_a_row_and_stops_no_other(monkeypatch, tmp_path, caps
     run(monkeypatch, "--out", str(tmp_path / "out"))
 
 
+def test_a_step_at_which_the_pilot_breaks_is_not_chosen(monkeypatch, tmp_path):
+    """Wake-sleep's dreams refuse NaN; the step that breaks stands between two that don't."""
+    steps = ["--steps", "0.01", "inf", "0.02", "--methods", "wake-sleep"]
+    run(monkeypatch, "--intensities", *steps, "--out", str(tmp_path))
+    (row,) = figures(tmp_path)["rows"]
+    assert row["step"] in (0.01, 0.02)
+    assert row["epochs"] == 2
+
+
+def test_dreams_that_break_are_a_row_that_diverged(monkeypatch, tmp_path, capsys):
+    wanted = ["--intensities", "--steps", "inf", "--methods", "wake-sleep", "AEVB"]
+    run(monkeypatch, *wanted, "--out", str(tmp_path))
+    assert capsys.readouterr().out.count("was not finite any more") == 2
+    assert [row["diverged"] for row in figures(tmp_path)["rows"]] == [True] * 2
+
+
 @pytest.mark.parametrize("flag", ["--epochs", "--pilot", "--budget", "--draws", "--hidden"])
 def test_a_number_too_small_is_one_line(monkeypatch, tmp_path, flag):
     monkeypatch.setattr("sys.argv", [SCRIPT.name, "--out", str(tmp_path), flag, "0"])

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import double_bits, store_pair
+from helpers import bernoulli_latents, double_bits, library_pair, store_pair
 from loop_runs import (
     BATCH,
     NUM_TRAIN,
@@ -43,6 +43,50 @@ def test_a_learning_rate_of_a_million_is_told_from_a_result(make):
         run_epochs(loop, 3)
     assert_restored(loop, before)
     assert loop.records == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", ["dreams", "discrete"])
+def test_what_draws_bits_refuses_nan_and_that_is_a_divergence_too(case, compiled):
+    """Its own error would be a RuntimeError of the sampler, without a word of the parameters."""
+    pyro.clear_param_store()
+    model, guide, args = library_pair() if case == "dreams" else bernoulli_latents()
+    loss = pv.WakeSleep() if case == "dreams" else pv.ReweightedWakeSleep(2)
+    svi = pv.SVI(model, guide, adam, loss, compile=compiled)
+    svi.setup(*args)
+    loop = Loop(svi, args, None, batch_size=2, seed=5)
+    loop.run_epoch()
+    before = values(loop)
+    optimizer: Any = svi.optimizer
+    optimizer.param_groups[0]["lr"] = torch.inf
+    with pytest.raises(pv.DivergedError, match=r"epoch 2, step 2: .*parameter '.*' was not finite"):
+        loop.run_epoch()
+    assert_restored(loop, before)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    assert loop.run_epoch()
+
+    name, broken = next(iter(svi.parameters.named.items()))
+    broken.data.fill_(torch.nan)
+    for call in (svi.step, svi.evaluate):
+        if case == "discrete" or call == svi.step:
+            with pytest.raises(pv.DivergedError, match=f"parameter '{name}' is not finite") as told:
+                call(*args)
+            assert "p_in" in str(told.value)
+
+
+def test_an_error_of_the_program_itself_stays_what_it_is():
+    model, guide, args = library_pair()
+
+    def failing(x: Tensor) -> None:
+        if len(x) == 3:
+            raise RuntimeError("three data are too few")
+        model(x)
+
+    svi = pv.SVI(failing, guide, adam)
+    svi.step(*args)
+    for call in (svi.step, svi.evaluate):
+        with pytest.raises(RuntimeError, match=r"^three data are too few"):
+            call(args[0][:3])
 
 
 def breaking() -> tuple[Any, Any]:

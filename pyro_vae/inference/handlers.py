@@ -28,6 +28,7 @@ __all__ = [
     "traces",
     "unscaled_log_prob",
     "unweighted_scale",
+    "warmup",
 ]
 
 Program = Callable[..., Any]
@@ -82,6 +83,25 @@ class kl_weight(Messenger):  # noqa: N801 - a context manager, named as Pyro nam
             # A copy: replayed sites share this dict between the guide's trace and the model's.
             msg["infer"] = {**(msg["infer"] or {}), "unweighted_scale": msg["scale"]}
             msg["scale"] = msg["scale"] * self.beta
+
+
+def warmup(epochs: int) -> Callable[[int], float]:
+    """A KL weight that rises linearly from 1 / ``epochs`` to 1 over the first epochs.
+
+    Args:
+        epochs: Number of epochs until the weight is 1.
+
+    Returns:
+        A function from the epoch (1, 2, ...) to the weight, for ``fit(kl_weight=...)``.
+
+    Example:
+        >>> weight = pv.warmup(4)
+        >>> [weight(epoch) for epoch in (1, 2, 4, 9)]
+        [0.25, 0.5, 1.0, 1.0]
+    """
+    if epochs < 1:
+        raise ValueError(f"warmup: expected at least one epoch, got {epochs}.")
+    return lambda epoch: min(1.0, epoch / epochs)
 
 
 def active_weight() -> kl_weight | None:

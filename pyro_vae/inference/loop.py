@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import torch
@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae.context import at_rest, seeded
 from pyro_vae.inference.handlers import kl_weight, site_to_blame, traces
 from pyro_vae.inference.objectives import Terms
-from pyro_vae.inference.svi import SVI
+from pyro_vae.inference.svi import SVI, DivergedError
 
-__all__ = ["DivergedError", "Loop", "Record", "warmup"]
+__all__ = ["Loop", "Record"]
 
 Record = dict[str, Any]
 
@@ -28,29 +28,6 @@ VALIDATION_BATCH = 1000
 # Losses that are read at once, and minibatches that are gathered at once if they are small.
 TOGETHER = 50
 _GATHERED_BYTES = 1 << 20  # more would leave the caches before it is used
-
-
-class DivergedError(ArithmeticError):
-    """The loss turned NaN or infinite; the pair is back at its last good state."""
-
-
-def warmup(epochs: int) -> Callable[[int], float]:
-    """A KL weight that rises linearly from 1 / ``epochs`` to 1 over the first epochs.
-
-    Args:
-        epochs: Number of epochs until the weight is 1.
-
-    Returns:
-        A function from the epoch (1, 2, ...) to the weight, for ``fit(kl_weight=...)``.
-
-    Example:
-        >>> weight = pv.warmup(4)
-        >>> [weight(epoch) for epoch in (1, 2, 4, 9)]
-        [0.25, 0.5, 1.0, 1.0]
-    """
-    if epochs < 1:
-        raise ValueError(f"warmup: expected at least one epoch, got {epochs}.")
-    return lambda epoch: min(1.0, epoch / epochs)
 
 
 class Loop:
@@ -142,14 +119,18 @@ class Loop:
         steps, weight = self.steps_per_epoch, self.weight(self.epoch + 1)
         while self.step < steps:
             started, asked_to_stop = time.perf_counter(), False
-            with kl_weight(weight), self.svi.steady():
-                for batch in self._batches(order):
-                    terms = self.svi.update(*batch)
-                    self._unread.append(terms)
-                    self.step += 1
-                    asked_to_stop = after_step(terms.loss, len(batch[0]))
-                    if asked_to_stop:
-                        break
+            try:
+                with kl_weight(weight), self.svi.steady():
+                    for batch in self._batches(order):
+                        terms = self.svi.update(*batch)
+                        self._unread.append(terms)
+                        self.step += 1
+                        asked_to_stop = after_step(terms.loss, len(batch[0]))
+                        if asked_to_stop:
+                            break
+            except DivergedError:
+                self._read()
+                self._raise_diverged()
             last = self.step == steps
             if last or asked_to_stop or len(self._unread) >= TOGETHER:
                 self._read()
@@ -159,7 +140,7 @@ class Loop:
             if asked_to_stop and not last:
                 return False
         # No loss has seen what the last step made of the parameters: a checkpoint must not keep it.
-        if not all(p.isfinite().all() for p in self.svi.parameters.named.values()):
+        if self.svi.parameters.not_finite():
             self._raise_diverged()
         self._finish_epoch()
         return True
@@ -303,7 +284,7 @@ class Loop:
         size = len(self.valid[0])
         return elbo / size, max(elbo, -loss) / size  # NaN where the ELBO is
 
-    def _raise_diverged(self) -> None:
+    def _raise_diverged(self) -> NoReturn:
         """Return to the epoch's start, find the bad step again, and name what broke."""
         assert self._start is not None
         epoch = self.epoch + 1
@@ -315,14 +296,10 @@ class Loop:
         while self.step < last:
             batch = next(self._batches(order))
             self.step += 1
-            random_state = torch.get_rng_state()
             with kl_weight(self.weight(epoch)):
-                loss = self.svi.evaluate(*batch).loss
-                torch.set_rng_state(random_state)
-                if not loss.isfinite():
+                if self._breaks(batch):
                     blamed = self._blame(batch)
                     break
-                self.svi.update(*batch)
         else:
             blamed = self._blame(batch)
         step = self.step
@@ -334,6 +311,19 @@ class Loop:
             "or a larger min_scale in the family."
         )
 
+    def _breaks(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether the loss is not finite; if it is, the step is taken."""
+        random_state = torch.get_rng_state()
+        try:
+            finite = bool(self.svi.evaluate(*batch).loss.isfinite())
+            torch.set_rng_state(random_state)
+            if finite:
+                self.svi.update(*batch)
+        except DivergedError:
+            torch.set_rng_state(random_state)
+            finite = False
+        return not finite
+
     def _blame(self, batch: tuple[Tensor, ...]) -> str:
         """The first site that is not finite, or the first parameter that was not before."""
         try:
@@ -342,6 +332,6 @@ class Loop:
                 site = site_to_blame(*traces(self.svi.model, self.svi.guide, batch, {}))
         except (ValueError, RuntimeError) as error:  # a sampler or a network refuses NaN
             site = str(error).splitlines()[0]
-        broken = [n for n, p in self.svi.parameters.named.items() if not p.isfinite().all()]
+        broken = self.svi.parameters.not_finite()
         after = f" (parameter {broken[0]!r} was not finite any more)" if broken else ""
         return f"{site or 'the loss itself'}{after}"

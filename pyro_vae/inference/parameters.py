@@ -108,6 +108,10 @@ class Parameters:
                         "making a new pair."
                     )
 
+    def not_finite(self) -> list[str]:
+        """Names of those that hold NaN or infinite values."""
+        return [name for name, leaf in self.named.items() if not leaf.isfinite().all()]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to restore the pair: modules, stored params, and other buffers."""
         return {

@@ -22,7 +22,7 @@ from pyro_vae.inference.losses import objective_of
 from pyro_vae.inference.objectives import Terms
 from pyro_vae.inference.parameters import Parameters
 
-__all__ = ["SVI", "OptimizerFactory"]
+__all__ = ["SVI", "DivergedError", "OptimizerFactory"]
 
 OptimizerFactory = Callable[[list[Tensor]], Optimizer]
 
@@ -30,6 +30,10 @@ _NOTHING_TO_TRAIN = (
     "SVI: the pair has no parameters to train. Register networks with pyro.module(name, network), "
     "use pyro.param, or write the pair as modules."
 )
+
+
+class DivergedError(ArithmeticError):
+    """The loss or a parameter turned NaN or infinite; ``fit`` puts the pair back where it was."""
 
 
 class SVI:
@@ -149,9 +153,21 @@ class SVI:
         return self.update(*args, **kwargs).loss
 
     def update(self, *args: Any, **kwargs: Any) -> Terms:
-        """Take one gradient step, and return the loss with its parts (see ``Terms``)."""
+        """Take one gradient step, and return the loss with its parts (see ``Terms``).
+
+        Raises:
+            DivergedError: The pair fails, and a parameter is not finite: where the loss would turn
+                NaN in silence, what draws bits or categories refuses NaN.
+        """
         if self._parameters is None:
             self.setup(*args, **kwargs)
+        try:
+            return self._updated(args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            self._raise_if_diverged(error)
+            raise
+
+    def _updated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms:
         if self._steady and self._compiled is not None and not kwargs:
             terms = self._compiled.again(args)
             if terms is not None:
@@ -227,11 +243,27 @@ class SVI:
         return self.evaluate(*args, **kwargs).loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Terms:
-        """The loss with its parts (see ``Terms``), without a step or gradients."""
+        """The loss with its parts (see ``Terms``), without a step or gradients.
+
+        Raises:
+            DivergedError: As ``update``.
+        """
         if self._parameters is None:
             self.setup(*args, **kwargs)
-        with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-            return self.objective.terms(self.model, self.guide, args, kwargs)
+        try:
+            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+                return self.objective.terms(self.model, self.guide, args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            self._raise_if_diverged(error)
+            raise
+
+    def _raise_if_diverged(self, error: Exception) -> None:
+        if broken := self.parameters.not_finite():
+            raise DivergedError(
+                f"the pair fails, and its parameter {broken[0]!r} is not finite any more: "
+                f"{str(error).splitlines()[0]}. Go back to the parameters before; try a smaller "
+                "learning rate or max_grad_norm=."
+            ) from error
 
     def _has_state(self) -> bool:
         """Whether the optimizer has taken a step, here or in the run that is gone on with."""

@@ -12,7 +12,7 @@ import torch
 
 from pyro_vae.data import Split
 from pyro_vae.evidence.compare import fingerprint
-from pyro_vae.inference.loop import DivergedError
+from pyro_vae.inference.svi import DivergedError
 from pyro_vae.runs.compare import RunComparison, compare_runs
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.evaluate import evaluate_run

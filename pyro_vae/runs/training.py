@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.inference.loop import DivergedError, Loop, Record
+from pyro_vae.inference.loop import Loop, Record
+from pyro_vae.inference.svi import DivergedError
 from pyro_vae.runs.directory import Run
 from pyro_vae.runs.progress import Progress
 
