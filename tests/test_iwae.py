@@ -79,6 +79,19 @@ def test_the_paper_s_networks_start_as_glorot_s_do_with_scales_of_one():
     torch.testing.assert_close(scale, torch.ones(3, 50))
 
 
+def test_our_weights_decay_and_our_biases_do_not():
+    """A step without a gradient is the decay alone: 1 - rate * decay, decoupled."""
+    recipe = SCRIPT["RECIPES"]["ours"]
+    model, guide = SCRIPT["build"](torch.full((4,), 0.5), [6, 5], recipe)
+    params = [*model.parameters(), *guide.parameters()]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    recipe.optimizer(params).step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (1 - 1e-4 if p.dim() == 2 else 1))
+
+
 def test_the_dynamic_protocol_keeps_400_images_and_draws_each_test_afresh():
     raw = pv.load_data(torch.randint(0, 256, (1000, 4)), valid_fraction=0.45, test_fraction=0.1)
     mnist = dataclasses.replace(raw, name="mnist")
@@ -196,10 +209,10 @@ def test_more_draws_may_begin_where_the_vae_ends(monkeypatch, tmp_path, capsys):
 def test_what_takes_more_draws_is_trained_in_bfloat16_where_that_is_asked(monkeypatch, tmp_path):
     fit, precisions = pv.fit, {}
 
-    def watched(*pair: Any, out: Path, **options: Any) -> pv.History:
-        modules = [module for program in pair[:2] for module in program.modules()]
+    def watched(out: Path, **options: Any) -> pv.History:
+        modules = [*options["model"].modules(), *options["guide"].modules()]
         precisions[out.name] = {m.autocast for m in modules if isinstance(m, pv.Conditional)}
-        return fit(*pair, out=out, **options)
+        return fit(out=out, **options)
 
     monkeypatch.setattr("pyro_vae.fit", watched)
     call = [*ONLY, str(tmp_path), "--bfloat16"]
