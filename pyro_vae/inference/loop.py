@@ -331,7 +331,7 @@ class Loop:
             with torch.no_grad(), pyro.validation_enabled(is_validate=False):
                 site = site_to_blame(*traces(self.svi.model, self.svi.guide, batch, {}))
         except (ValueError, RuntimeError) as error:  # a sampler or a network refuses NaN
-            site = str(error).splitlines()[0]
+            site = str(error).partition("\n")[0]
         broken = self.svi.parameters.not_finite()
         after = f" (parameter {broken[0]!r} was not finite any more)" if broken else ""
         return f"{site or 'the loss itself'}{after}"

@@ -259,10 +259,10 @@ class SVI:
 
     def _raise_if_diverged(self, error: Exception) -> None:
         if broken := self.parameters.not_finite():
+            said = str(error).partition("\n")[0]
             raise DivergedError(
-                f"the pair fails, and its parameter {broken[0]!r} is not finite any more: "
-                f"{str(error).splitlines()[0]}. Go back to the parameters before; try a smaller "
-                "learning rate or max_grad_norm=."
+                f"the pair fails, and its parameter {broken[0]!r} is not finite any more: {said}. "
+                "Go back to the parameters before; try a smaller learning rate or max_grad_norm=."
             ) from error
 
     def _has_state(self) -> bool:
@@ -320,7 +320,7 @@ class SVI:
                 f"{len(idle)} of {len(named)} parameters got no gradient at the first step, e.g. "
                 f"{idle[0]!r}. {advice}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
