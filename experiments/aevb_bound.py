@@ -105,7 +105,7 @@ def chosen_step(make: Any, loss: Any, data: pv.Split, steps: list[float], count:
                 terms = [svi.update(refresh(data.train[rows])) for rows in order]
                 last = terms[-max(count // 4, 1) :]
                 found[step] = -sum((t.distortion + t.rate).item() for t in last)
-    return max(found, key=lambda step: -math.inf if math.isnan(found[step]) else found[step])
+    return max(found, key=lambda step: found[step] if math.isfinite(found[step]) else -math.inf)
 
 
 def noise(model: Any, guide: Any, data: pv.Split, draws: int, seed: int) -> list[float]:

@@ -45,33 +45,73 @@ def test_a_learning_rate_of_a_million_is_told_from_a_result(make):
     assert loop.records == []
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("case", ["dreams", "discrete"])
-def test_what_draws_bits_refuses_nan_and_that_is_a_divergence_too(case, compiled):
-    """Its own error would be a RuntimeError of the sampler, without a word of the parameters."""
+def overflowing() -> Any:
+    """Discrete latents, whose logits are NaN once the square of a parameter overflows."""
+    model, _, args = bernoulli_latents()
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.linspace(-1, 1, 27).double().view(9, 3))
+        square = slope.square().sum()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x @ slope + (square - square)).to_event(1))
+
+    return model, guide, args
+
+
+DRAWING = {"dreams": library_pair, "discrete": bernoulli_latents, "overflow": overflowing}
+
+
+def drawing(case: str, **options: Any) -> tuple[pv.SVI, tuple[Tensor, ...]]:
+    """Pairs that a sampler refuses to run once it is handed NaN."""
     pyro.clear_param_store()
-    model, guide, args = library_pair() if case == "dreams" else bernoulli_latents()
+    model, guide, args = DRAWING[case]()
     loss = pv.WakeSleep() if case == "dreams" else pv.ReweightedWakeSleep(2)
-    svi = pv.SVI(model, guide, adam, loss, compile=compiled)
+    svi = pv.SVI(model, guide, adam, loss, **options)
     svi.setup(*args)
+    return svi, args
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("case", "rate"), [("dreams", torch.inf), ("discrete", torch.inf), ("overflow", 1e200)]
+)
+def test_what_draws_bits_refuses_nan_and_that_is_a_divergence_too(
+    case, compiled, rate, interpreted
+):
+    """Also of parameters that are finite, but make NaN."""
+    svi, args = drawing(case, compile=compiled)
     loop = Loop(svi, args, None, batch_size=2, seed=5)
     loop.run_epoch()
     before = values(loop)
     optimizer: Any = svi.optimizer
-    optimizer.param_groups[0]["lr"] = torch.inf
-    with pytest.raises(pv.DivergedError, match=r"epoch 2, step 2: .*parameter '.*' was not finite"):
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(pv.DivergedError, match=r"epoch 2, step 2: ") as told:
         loop.run_epoch()
+    assert ("was not finite any more" in str(told.value)) == (rate == torch.inf)
+    assert "p_in" in str(told.value) or case == "dreams"
+    assert bool(interpreted) == compiled
+    assert told.value.__cause__ is None
     assert_restored(loop, before)
     optimizer.param_groups[0]["lr"] = 1e-2
     assert loop.run_epoch()
 
+
+@pytest.mark.parametrize("case", ["dreams", "discrete"])
+def test_a_step_and_a_loss_name_the_parameter_that_is_not_finite(case, interpreted):
+    """Compiling is not given up for it, which would be a warning."""
+    svi, args = drawing(case, compile=True)
+    svi.step(*args)
     name, broken = next(iter(svi.parameters.named.items()))
+    good = broken.detach().clone()
     broken.data.fill_(torch.nan)
     for call in (svi.step, svi.evaluate):
         if case == "discrete" or call == svi.step:
             with pytest.raises(pv.DivergedError, match=f"parameter '{name}' is not finite") as told:
                 call(*args)
             assert "p_in" in str(told.value)
+    broken.data.copy_(good)
+    assert svi.step(*args).isfinite()
+    assert interpreted
 
 
 def test_an_error_of_the_program_itself_stays_what_it_is():
@@ -87,6 +127,31 @@ def test_an_error_of_the_program_itself_stays_what_it_is():
     for call in (svi.step, svi.evaluate):
         with pytest.raises(RuntimeError, match=r"^three data are too few"):
             call(args[0][:3])
+
+
+def test_an_error_in_the_middle_of_an_epoch_is_told_and_costs_nothing():
+    """Mended, the epoch ends where it would have ended."""
+    ends = []
+    for few in (0, 3):
+        torch.manual_seed(0)
+        svi, args = drawing("dreams")
+        guide, refused = svi.guide, [few]
+
+        def failing(x: Tensor, guide: Any = guide, refused: list[int] = refused) -> None:
+            if len(x) in refused:
+                raise RuntimeError("three data are too few")
+            guide(x)
+
+        svi.guide = failing
+        loop = Loop(svi, (args[0].repeat(2, 1)[:7],), None, batch_size=4, seed=5)
+        if few:
+            with pytest.raises(RuntimeError, match=r"^three data are too few"):
+                loop.run_epoch()
+            assert (loop.step, loop.records) == (1, [])
+            refused.clear()
+        assert loop.run_epoch()
+        ends.append({"noise": torch.get_rng_state(), **dict(svi.parameters.named)})
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
 
 
 def breaking() -> tuple[Any, Any]:

@@ -113,6 +113,8 @@ class CompiledSteps:
                 warn_uncompiled("SVI goes on without compiling the step", error)
             return None
         except CannotCompileError as error:
+            if self._pair[3].not_finite():  # the step without a graph says so
+                return None
             self.gave_up = str(error)
             self._graphs.clear()
             warn_uncompiled("SVI goes on without compiling the step", error)

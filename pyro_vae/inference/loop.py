@@ -108,8 +108,8 @@ class Loop:
             Whether the epoch was finished; if not, another call goes on with it.
 
         Raises:
-            DivergedError: The loss is NaN or infinite. The state is that of the epoch's start, or
-                of the epoch before, if already the first loss was.
+            DivergedError: The loss is not finite, or the pair fails by its parameters. The state is
+                that of the epoch's start, or of the epoch before, if already the first loss was.
         """
         if self.step == 0 or self._start is None:
             self._start = self._copied_state()
@@ -119,18 +119,21 @@ class Loop:
         steps, weight = self.steps_per_epoch, self.weight(self.epoch + 1)
         while self.step < steps:
             started, asked_to_stop = time.perf_counter(), False
-            try:
-                with kl_weight(weight), self.svi.steady():
-                    for batch in self._batches(order):
+            failed: Any = None
+            with kl_weight(weight), self.svi.steady():
+                for batch in self._batches(order):
+                    try:
                         terms = self.svi.update(*batch)
-                        self._unread.append(terms)
-                        self.step += 1
-                        asked_to_stop = after_step(terms.loss, len(batch[0]))
-                        if asked_to_stop:
-                            break
-            except DivergedError:
-                self._read()
-                self._raise_diverged()
+                    except (DivergedError, RuntimeError, ValueError) as error:
+                        failed = error, batch
+                        break
+                    self._unread.append(terms)
+                    self.step += 1
+                    asked_to_stop = after_step(terms.loss, len(batch[0]))
+                    if asked_to_stop:
+                        break
+            if failed is not None:
+                self._raise(*failed)
             last = self.step == steps
             if last or asked_to_stop or len(self._unread) >= TOGETHER:
                 self._read()
@@ -284,25 +287,33 @@ class Loop:
         size = len(self.valid[0])
         return elbo / size, max(elbo, -loss) / size  # NaN where the ELBO is
 
+    def _raise(self, error: Exception, batch: tuple[Tensor, ...]) -> NoReturn:
+        """Say what made a step fail: its parameters, if it works with those of the start."""
+        assert self._start is not None
+        self._read()
+        if not isinstance(error, DivergedError):
+            now = self._copied_state()
+            self.load_state_dict(copy.deepcopy(self._good or self._start))
+            with kl_weight(self.weight(self.epoch + 1)):
+                if self._wrong_with(batch):
+                    self.load_state_dict(now)
+                    raise error
+        self._raise_diverged()
+
     def _raise_diverged(self) -> NoReturn:
         """Return to the epoch's start, find the bad step again, and name what broke."""
         assert self._start is not None
         epoch = self.epoch + 1
         self.load_state_dict(copy.deepcopy(self._start))
         order = self._order().to(self.train[0].device)
-        last = self.steps_per_epoch
         batch: tuple[Tensor, ...] = ()
-        blamed = "the loss itself"
-        while self.step < last:
+        blamed = None
+        while self.step < self.steps_per_epoch and blamed is None:
             batch = next(self._batches(order))
             self.step += 1
             with kl_weight(self.weight(epoch)):
-                if self._breaks(batch):
-                    blamed = self._blame(batch)
-                    break
-        else:
-            blamed = self._blame(batch)
-        step = self.step
+                blamed = self._wrong_with(batch)
+        step, blamed = self.step, blamed or self._blame(batch, "the loss itself")
         self.load_state_dict(self._good or self._start)
         self._start = None
         raise DivergedError(
@@ -311,20 +322,20 @@ class Loop:
             "or a larger min_scale in the family."
         )
 
-    def _breaks(self, batch: tuple[Tensor, ...]) -> bool:
-        """Whether the loss is not finite; if it is, the step is taken."""
-        random_state = torch.get_rng_state()
+    def _wrong_with(self, batch: tuple[Tensor, ...]) -> str | None:
+        """What is wrong with the next step; where nothing is, it is taken."""
+        random_state, said = torch.get_rng_state(), "the loss itself"
         try:
-            finite = bool(self.svi.evaluate(*batch).loss.isfinite())
-            torch.set_rng_state(random_state)
-            if finite:
+            if self.svi.evaluate(*batch).loss.isfinite():
+                torch.set_rng_state(random_state)
                 self.svi.update(*batch)
-        except DivergedError:
-            torch.set_rng_state(random_state)
-            finite = False
-        return not finite
+                return None
+        except (DivergedError, RuntimeError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+        torch.set_rng_state(random_state)
+        return self._blame(batch, said)
 
-    def _blame(self, batch: tuple[Tensor, ...]) -> str:
+    def _blame(self, batch: tuple[Tensor, ...], otherwise: str) -> str:
         """The first site that is not finite, or the first parameter that was not before."""
         try:
             # Pyro's validation would name the distribution, but not the site.
@@ -334,4 +345,4 @@ class Loop:
             site = str(error).partition("\n")[0]
         broken = self.svi.parameters.not_finite()
         after = f" (parameter {broken[0]!r} was not finite any more)" if broken else ""
-        return f"{site or 'the loss itself'}{after}"
+        return f"{site or otherwise}{after}"

@@ -157,7 +157,8 @@ class SVI:
 
         Raises:
             DivergedError: The pair fails, and a parameter is not finite: where the loss would turn
-                NaN in silence, what draws bits or categories refuses NaN.
+                NaN in silence, what draws bits or categories refuses NaN (on a GPU by CUDA's own
+                error, after which nothing runs there any more).
         """
         if self._parameters is None:
             self.setup(*args, **kwargs)

@@ -137,8 +137,8 @@ def fit(
 
     Raises:
         ValueError: Something about the arguments or the data; the message says what to do.
-        DivergedError: The loss turned NaN; names the site. The pair and the checkpoint are those
-            of the last good epoch.
+        DivergedError: The loss turned NaN, or the parameters made the pair fail; names the site.
+            The pair and the checkpoint are those of the last good epoch.
         OSError: The run directory can't be written.
         KeyboardInterrupt: After Ctrl-C, when all is saved.
 
