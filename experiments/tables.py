@@ -5,8 +5,8 @@ The figures lie in docs/results and docs/evidence, as the experiments left them.
     python experiments/tables.py
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
         why = f"the validation bound still rose in the last of {done} epochs"
     else:
         why = f"epoch {best} of {done} was best, by the bound of the validation data"
+    if (known := row.get("train_elbo")) is not None:
+        why += f"; training data stand {known - row['elbo']:.1f} nats above test data, by the ELBO"
     if (better := beside[2]) < 0:
         unit = "bits per dimension" if "bits_per_dim" in row else "nats"
         found["shortfall"] = f"by weighting {-better:.2f} {unit} worse than reported; {why}"
@@ -335,9 +337,7 @@ def page(head: str, folder: Path) -> str:
 def main() -> None:
     """Write the pages."""
     docs = Path(__file__).parents[1] / "docs"
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     for name, text in (
         ("results.md", page(RESULTS, docs / "results")),
         ("evidence-results.md", page(EVIDENCE, docs / "evidence")),

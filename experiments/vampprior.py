@@ -22,11 +22,11 @@ for, at B times its cost. Called again, the script goes on where it stopped.
     python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -216,6 +216,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
     return {
         **{key: judged[key] for key in kept},
         **({"as_reported": reported[variant.prior]} if variant.prior in reported else {}),
+        "train_elbo": history["elbo"][(history.best_epoch or 0) - 1],
         "best_epoch": history.best_epoch,
         "epochs": len(history.records),
         "finished": history.stopped != "time",
@@ -272,8 +273,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Train, judge, tabulate and draw what is not done yet."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     sets = ["digits", "binarized_mnist", "frey_faces"]
     parser.add_argument("--data", default="digits", choices=sets)
     parser.add_argument("--root", help="folder of the data set")

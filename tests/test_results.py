@@ -179,6 +179,7 @@ def test_a_bound_that_is_still_far_out_says_why():
             "by weighting 0.25 bits per dimension worse than reported",
         ),
         ({"as_reported": {"paper": -88.5, "code": -87.0}}, "3.00 nats worse"),
+        ({"elbo": -94.0, "train_elbo": -86.5}, "; training data stand 7.5 nats above test data"),
         ({"as_reported": -90.5}, None),
         ({"bits_per_dim": 4.25, "as_reported": 4.5}, None),
         ({"as_reported": "-150 to -100 on the axis"}, None),
