@@ -90,7 +90,7 @@ def test_what_draws_bits_refuses_nan_and_that_is_a_divergence_too(
     assert ("was not finite any more" in str(told.value)) == (rate == torch.inf)
     assert "p_in" in str(told.value) or case == "dreams"
     assert bool(interpreted) == compiled
-    assert told.value.__cause__ is None
+    assert isinstance(told.value.__cause__, pv.DivergedError if rate == torch.inf else RuntimeError)
     assert_restored(loop, before)
     optimizer.param_groups[0]["lr"] = 1e-2
     assert loop.run_epoch()
@@ -127,6 +127,25 @@ def test_an_error_of_the_program_itself_stays_what_it_is():
     for call in (svi.step, svi.evaluate):
         with pytest.raises(RuntimeError, match=r"^three data are too few"):
             call(args[0][:3])
+
+
+def test_an_error_that_does_not_come_again_is_in_the_message_and_the_cause():
+    """The step works with the parameters of the start, and in the replay: nothing else tells."""
+    svi, args = drawing("dreams")
+    guide, left = svi.guide, [RuntimeError("out of memory, for once")]
+
+    def failing(x: Tensor) -> None:
+        if left and len(x) == 3:
+            raise left.pop()
+        guide(x)
+
+    svi.guide = failing
+    loop = Loop(svi, (args[0].repeat(2, 1)[:7],), None, batch_size=4, seed=5)
+    before = {name: value.detach().clone() for name, value in svi.parameters.named.items()}
+    with pytest.raises(pv.DivergedError, match=r"out of memory, for once") as told:
+        loop.run_epoch()
+    assert str(told.value.__cause__).startswith("out of memory, for once")
+    assert all(torch.equal(before[name], value) for name, value in svi.parameters.named.items())
 
 
 def test_an_error_in_the_middle_of_an_epoch_is_told_and_costs_nothing():

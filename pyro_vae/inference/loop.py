@@ -298,9 +298,9 @@ class Loop:
                 if self._wrong_with(batch):
                     self.load_state_dict(now)
                     raise error
-        self._raise_diverged()
+        self._raise_diverged(error)
 
-    def _raise_diverged(self) -> NoReturn:
+    def _raise_diverged(self, error: Exception | None = None) -> NoReturn:
         """Return to the epoch's start, find the bad step again, and name what broke."""
         assert self._start is not None
         epoch = self.epoch + 1
@@ -313,14 +313,15 @@ class Loop:
             self.step += 1
             with kl_weight(self.weight(epoch)):
                 blamed = self._wrong_with(batch)
-        step, blamed = self.step, blamed or self._blame(batch, "the loss itself")
+        said = "the loss itself" if error is None else str(error).partition("\n")[0]
+        step, blamed = self.step, blamed or self._blame(batch, said)
         self.load_state_dict(self._good or self._start)
         self._start = None
         raise DivergedError(
             f"the loss turned NaN or infinite in epoch {epoch}, step {step}: {blamed}. The pair is "
             f"back at the end of epoch {self.epoch}. Try a smaller learning rate, max_grad_norm=, "
             "or a larger min_scale in the family."
-        )
+        ) from error
 
     def _wrong_with(self, batch: tuple[Tensor, ...]) -> str | None:
         """What is wrong with the next step; where nothing is, it is taken."""
