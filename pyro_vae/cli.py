@@ -74,10 +74,9 @@ def _train(args: argparse.Namespace) -> None:
                 f"--epochs: the run's cosine schedule ends at epoch {options['epochs']}; leave it "
                 "out, or start another run."
             )
-        args = argparse.Namespace(
-            # Runs from before there was a compiler have no such option.
-            **{"compile": False, **options, "epochs": epochs, "out": args.resume, "resume": True}
-        )
+        older = {"compile": False, "ema_decay": None}  # as runs were from before these options
+        own = {"epochs": epochs, "out": args.resume, "resume": True}
+        args = argparse.Namespace(**{**older, **options, **own})
     elif args.data is None or args.out is None:
         raise ValueError("train: give --data and --out, or --resume RUN.")
     args.epochs = EPOCHS if args.epochs is None else args.epochs
@@ -103,6 +102,7 @@ def _train(args: argparse.Namespace) -> None:
         else None,
         kl_weight=lambda epoch: args.kl_weight * warm(epoch),
         max_grad_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay,
         patience=args.patience,
         epochs=args.epochs,
         batch_size=args.batch_size,

@@ -131,6 +131,7 @@ def test_data_are_prepared_when_told_and_the_figures_named_for_it(
         (["--no-analytic-kl", "--num-particles", "2"], "binary"),
         (["--kl-weight", "0.5", "--warmup", "3", "--max-grad-norm", "1"], "binary"),
         (["--cosine", "--learning-rate", "0.01", "--patience", "1", "--seed", "7"], "binary"),
+        (["--ema-decay", "0.9"], "binary"),
     ],
 )
 def test_every_option_can_be_used(options, kind, tmp_path):

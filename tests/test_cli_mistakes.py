@@ -57,6 +57,7 @@ OF_TRAINING: dict[str, tuple[list[str], Any, str]] = {
     "no GPU": (["--device", "cuda:7"], None, "device: 'cuda:7' is not available here"),
     "a negative weight": (["--kl-weight", "-1"], None, "kl_weight: expected weights >= 0"),
     "a negative warm-up": (["--warmup", "-3"], None, "warmup: expected at least one epoch"),
+    "no averages": (["--ema-decay", "1"], None, "ema_decay: expected at least 0 and less than 1"),
     "no patience": (["--patience", "0"], None, "patience: expected at least 1, got 0"),
     "a rate below zero": (["--learning-rate", "-1"], None, "learning rate"),
     "a scale of zero": (["--likelihood", "fixed_normal", "--scale", "0"], HALVES, "scale"),

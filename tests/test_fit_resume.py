@@ -57,7 +57,7 @@ def pieces_case() -> tuple[Any, Any, Any, dict[str, Any]]:
 
 def params_case() -> tuple[Any, Any, Any, dict[str, Any]]:
     data = bits(60)
-    return *param_pair(), data, {"optimizer": adam, "valid": data[:20]}
+    return *param_pair(), data, {"optimizer": adam, "valid": data[:20], "ema_decay": 0.9}
 
 
 def tutorial_case() -> tuple[Any, Any, Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import pyro
@@ -15,16 +16,17 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae.context import at_rest, seeded
+from pyro_vae.context import seeded
+from pyro_vae.inference.averaging import Averages
 from pyro_vae.inference.handlers import kl_weight, site_to_blame, traces
 from pyro_vae.inference.objectives import Terms
 from pyro_vae.inference.svi import SVI, DivergedError
+from pyro_vae.inference.validation import validation_bounds
 
 __all__ = ["Loop", "Record"]
 
 Record = dict[str, Any]
 
-VALIDATION_BATCH = 1000
 # Losses that are read at once, and minibatches that are gathered at once if they are small.
 TOGETHER = 50
 _GATHERED_BYTES = 1 << 20  # more would leave the caches before it is used
@@ -42,6 +44,8 @@ class Loop:
         refresh: Applied to the first tensor of each training minibatch (dynamic binarization).
         weight: From the epoch (1, 2, ...) to the KL weight.
         scheduler: Learning-rate schedule, stepped once an epoch.
+        ema_decay: Decay per step of the averages of the parameters, which are validated and kept in
+            their place; None for none.
 
     Attributes:
         records: One dict an epoch; bounds in nats per datum, unweighted.
@@ -58,6 +62,7 @@ class Loop:
         refresh: Callable[[Tensor], Tensor] | None = None,
         weight: Callable[[int], float] = lambda epoch: 1.0,
         scheduler: LRScheduler | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         self.svi = svi
         self.train = train
@@ -67,6 +72,7 @@ class Loop:
         self.refresh = refresh
         self.weight = weight
         self.scheduler = scheduler
+        self.averages = None if ema_decay is None else Averages(svi.parameters, ema_decay)
         self.records: list[Record] = []
         self.step = 0
         self.seconds = 0.0
@@ -113,7 +119,9 @@ class Loop:
         """
         if self.step == 0 or self._start is None:
             self._start = self._copied_state()
-            if self.records and math.isfinite(self.records[-1]["valid_elbo"]):
+            # The bound of averages says nothing of the parameters themselves.
+            known = self.records and self.averages is None
+            if known and math.isfinite(self.records[-1]["valid_elbo"]):
                 self._good = self._start
         order = self._order().to(self.train[0].device)
         steps, weight = self.steps_per_epoch, self.weight(self.epoch + 1)
@@ -127,6 +135,8 @@ class Loop:
                     except (DivergedError, RuntimeError, ValueError) as error:
                         failed = error, batch
                         break
+                    if self.averages is not None:
+                        self.averages.update()
                     self._unread.append(terms)
                     self.step += 1
                     asked_to_stop = after_step(terms.loss, len(batch[0]))
@@ -157,6 +167,7 @@ class Loop:
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
             "parameters": self.svi.parameters.state_dict(),
+            "averages": None if self.averages is None else self.averages.state_dict(),
             "best": self.best,
             "optimizer": optimizer.get_state() if pyro_style else optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
@@ -182,6 +193,8 @@ class Loop:
         Raises:
             ValueError: The state belongs to another pair.
         """
+        if self.averages is not None:
+            self.averages.load_state_dict(state["averages"])
         self.svi.parameters.load_state_dict(state["parameters"])
         optimizer: Any = self.svi.optimizer
         if isinstance(optimizer, PyroOptim):
@@ -204,9 +217,12 @@ class Loop:
         self._unread.clear()
 
     def restore_best(self) -> None:
-        """Put the parameters of the best validation bound back into the pair, if there are any."""
-        if self.best is not None:
-            self.svi.parameters.load_state_dict(self.best["parameters"])
+        """Put the parameters of the best validation bound into the pair, else their averages."""
+        best = self.best
+        if best is None and self.averages is not None:
+            best = self.averages.state_dict()
+        if best is not None:
+            self.svi.parameters.load_state_dict(best["parameters"])
 
     def _order(self) -> Tensor:
         """The order of the data in this epoch: a function of the seed and the epoch alone."""
@@ -237,7 +253,20 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         loss, distortion, rate = (self._sums / len(self.train[0])).tolist()
-        elbo, bound = self._valid_bounds() if self.valid is not None else (math.nan, math.nan)
+        elbo = bound = math.nan
+        with nullcontext() if self.averages is None else self.averages.in_place():
+            if self.valid is not None:
+                elbo, bound = validation_bounds(self.svi, self.valid, seed=self.seed)
+            # No NaN: nothing would ever be better than it.
+            if not math.isnan(bound) and (
+                self.best is None or bound > self.best.get("bound", self.best["valid_elbo"])
+            ):
+                self.best = {
+                    "epoch": self.epoch + 1,
+                    "valid_elbo": elbo,
+                    "bound": bound,
+                    "parameters": copy.deepcopy(self.svi.parameters.state_dict()),
+                }
         record: Record = {
             "epoch": self.epoch + 1,
             "seconds": self.seconds,
@@ -256,36 +285,6 @@ class Loop:
             self.scheduler.step(loss if self.valid is None else -bound)
         elif self.scheduler is not None:
             self.scheduler.step()
-        # No NaN: nothing would ever be better than it.
-        if not math.isnan(bound) and (
-            self.best is None or bound > self.best.get("bound", self.best["valid_elbo"])
-        ):
-            self.best = {
-                "epoch": record["epoch"],
-                "valid_elbo": elbo,
-                "bound": bound,
-                "parameters": copy.deepcopy(self.svi.parameters.state_dict()),
-            }
-
-    def _valid_bounds(self) -> tuple[float, float]:
-        """The ELBO of the validation data, and the tighter of it and minus the loss.
-
-        The parameters are chosen by the second: importance weighting raises its own bound while the
-        ELBO falls. The noise is the same after every epoch; nats per datum.
-        """
-        assert self.valid is not None
-        elbo = loss = 0.0
-        device = self.valid[0].device
-        with at_rest(self.svi.model, self.svi.guide), seeded(self.seed, "valid", device=device):
-            for start in range(0, len(self.valid[0]), VALIDATION_BATCH):
-                batch = tuple(t[start : start + VALIDATION_BATCH] for t in self.valid)
-                terms = self.svi.evaluate(*batch)
-                bound = -(terms.distortion + terms.rate)
-                # A loss of the user's hides its parts: then the bound is minus that loss.
-                elbo += (-terms.loss if bound.isnan() else bound).item()
-                loss += terms.loss.item()
-        size = len(self.valid[0])
-        return elbo / size, max(elbo, -loss) / size  # NaN where the ELBO is
 
     def _raise(self, error: Exception, batch: tuple[Tensor, ...]) -> NoReturn:
         """Say what made a step fail: its parameters, if it works with those of the start."""

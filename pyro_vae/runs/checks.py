@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pyro_vae.context import at_rest
 from pyro_vae.data import Split
+from pyro_vae.inference.averaging import check_decay
 from pyro_vae.inference.structure import inspect
 from pyro_vae.inference.svi import SVI
 from pyro_vae.runs.config import Data
@@ -24,6 +25,7 @@ def check_options(
     patience: int | None,
     max_seconds: float | None,
     optimizer: Any,
+    ema_decay: float | None,
     *,
     resume: bool,
     out: str | Path | None,
@@ -34,6 +36,8 @@ def check_options(
             raise ValueError(f"{name}: expected at least 1, got {value}.")
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0 seconds, got {max_seconds}.")
+    if ema_decay is not None:
+        check_decay(ema_decay)
     if resume and out is None:
         raise ValueError("resume: say with out= which run directory to go on with.")
     if isinstance(optimizer, Optimizer | PyroOptim) or not (

@@ -123,7 +123,7 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             "the same, or start another run."
         )
     before, now = old["options"], new["options"]
-    for key in ("loss", "lr_schedule", "batch_size", "seed", "max_grad_norm"):
+    for key in ("loss", "lr_schedule", "batch_size", "seed", "max_grad_norm", "ema_decay"):
         _check_same(key, before.get(key), now[key])
     for key, what in (("hyperparameters", "the optimizer's"), ("schedule", "lr_schedule's")):
         was, given = before.get(key) or {}, now[key]

@@ -77,6 +77,7 @@ def fit(
     lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
     kl_weight: float | Callable[[int], float] = 1.0,
     max_grad_norm: float | None = None,
+    ema_decay: float | None = None,
     patience: int | None = None,
     max_seconds: float | None = None,
     out: str | Path | None = None,
@@ -114,6 +115,10 @@ def fit(
         kl_weight: Weight of the latent terms, or a function from the epoch (1, 2, ...) to it,
             such as ``warmup(100)``. Logged bounds are unweighted.
         max_grad_norm: Clip the norm of the gradient of the summed loss.
+        ema_decay: Decay per step of an exponential moving average of the parameters; 0.999 averages
+            over about 1,000 steps. The averages are what is validated and what the pair has in the
+            end: most often they know unseen data better than any parameters that a step reaches,
+            and the more so at a learning rate that stays high.
         patience: Stop after so many epochs without a better validation bound, once the KL weight
             has reached its last value.
         max_seconds: Stop after the epoch in which this call has trained for so long, compiling and
@@ -151,7 +156,9 @@ def fit(
         >>> len(history["elbo"])
         3
     """
-    check_options(epochs, batch_size, patience, max_seconds, optimizer, resume=resume, out=out)
+    check_options(
+        epochs, batch_size, patience, max_seconds, optimizer, ema_decay, resume=resume, out=out
+    )
     if isinstance(data, Split) and valid is not None:
         raise ValueError("valid: a Split has its own validation part; leave valid= out.")
     train = as_tuple(data.train if isinstance(data, Split) else data, "data")
@@ -208,6 +215,7 @@ def fit(
             refresh=refresh,
             weight=weight,
             scheduler=None if lr_schedule is None else lr_schedule(svi.optimizer),  # type: ignore[arg-type]
+            ema_decay=ema_decay,
         )
         if run is not None:
             options = {
@@ -221,6 +229,7 @@ def fit(
                 "schedule": schedule(loop.scheduler),
                 "kl_weight": {"first": weights[0], "last": weights[-1]},
                 "max_grad_norm": max_grad_norm,
+                "ema_decay": ema_decay,
                 "patience": patience,
                 "device": str(target),
                 "compile": svi.compile,

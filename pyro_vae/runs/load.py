@@ -69,7 +69,7 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
         assert model is not None
         assert guide is not None
     state = folder.load_checkpoint(device_of(model, guide) or "cpu")
-    saved = state["parameters"] if state["best"] is None else state["best"]["parameters"]
+    saved = (state["best"] or state.get("averages") or state)["parameters"]
     parameters = Parameters(model, guide)
     if saved["params"]:
         # Parameters of pyro.param come into being at the first call: call once.
