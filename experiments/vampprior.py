@@ -16,8 +16,7 @@ schedule in its place, and weights that decay, since it knows its training data 
 Both differ from the authors' code in that Adam's gradients are not normalised, initial weights are
 PyTorch's (theirs: He's), scales softplus(.) (theirs: log-variances within -6 and 2), and
 pseudo-inputs start at the first training data (theirs: noise around 0.05, for Frey Faces 0.8).
-Published figures are of weighting alone; --anneal B corrects ours for data that it can't be trusted
-for, at B times its cost. Called again, the script goes on where it stopped.
+Published figures are of weighting alone; --anneal B corrects ours where that can't be trusted.
 
     python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours
 """
@@ -25,6 +24,7 @@ for, at B times its cost. Called again, the script goes on where it stopped.
 import dataclasses
 import json
 import math
+import re
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -65,8 +65,7 @@ MakePrior = Callable[[pv.Conditional, pv.Split, Sizes], nn.Module]
 
 def mixture(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
     """A mixture that sees nothing of the encoder."""
-    start = (0.0, pv.families.inverse_softplus(1.0))
-    out = (2, sizes.latent_dim)
+    start, out = (0.0, pv.families.inverse_softplus(1.0)), (2, sizes.latent_dim)
     return pv.priors.Mixture(pv.families.normal, sizes.num_components, out, start=start)
 
 
@@ -120,9 +119,8 @@ class Joined(nn.Module):
 
     def __init__(self, in_dims: tuple[int, int], out: tuple[int, int], hidden: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 2 * hidden), nn.GLU(dim=-1)) for dim in in_dims
-        )
+        gated = (nn.Sequential(nn.Linear(dim, 2 * hidden), nn.GLU(dim=-1)) for dim in in_dims)
+        self.layers = nn.ModuleList(gated)
         self.both = pv.networks.gated_mlp(2 * hidden, out, hidden_dims=(hidden,))
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -143,9 +141,8 @@ def build(
     prior = make_prior(encoder, data, sizes)
     num_params, family = 1, pv.families.bernoulli
     if data.num_levels is not None:
-        # The paper's smallest scale is exp(-4.5), for values between 0 and 1.
-        options: Any = {"num_levels": data.num_levels, "min_scale": 2 * math.exp(-4.5)}
-        num_params, family = 2, partial(pv.families.discretized, **options)
+        num_params, least = 2, 2 * math.exp(-4.5)  # the paper's, whose values are within [0, 1]
+        family = partial(pv.families.discretized, num_levels=data.num_levels, min_scale=least)
     if layers == 1:
         likelihood = conditional(gated(z, (num_params, dim)), family)
         return pv.Model(prior, likelihood), pv.Guide(encoder)
@@ -179,8 +176,7 @@ def adam(params: list[Tensor], programs: Any, args: Any) -> torch.optim.Optimize
 
 def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dict[str, Any]:
     """Train as far as the time goes, and judge: the figures of a row."""
-    folder = "".join(c if c.isalnum() else "-" for c in variant.name.lower())
-    out = args.out / "-".join(part for part in folder.split("-") if part)
+    out = args.out / "-".join(re.findall("[a-z0-9]+", variant.name.lower()))
     torch.manual_seed(variant.seed)
     autocast = torch.bfloat16 if args.bfloat16 else None
     model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes, autocast)
@@ -192,6 +188,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
             optimizer=partial(adam, programs=(model, guide), args=args),
             lr_schedule=args.schedule,
             kl_weight=pv.warmup(args.warmup),
+            ema_decay=args.ema_decay,
             epochs=args.epochs,
             batch_size=100,
             patience=args.patience,
@@ -284,6 +281,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="networks are trained in it")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--weight-decay", type=float, help="decoupled; 0 by default, ours 0.2")
+    parser.add_argument("--ema-decay", type=float, help="averages; ours halves the rate, no more")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=PRIORS)
     parser.add_argument("--num-particles", type=int, default=5000)
@@ -304,10 +302,12 @@ def main() -> None:
         args.epochs, args.warmup, args.num_particles, args.sizes = 2, 1, 20, Sizes(3, 8, 10)
     args.learning_rate, args.patience, args.schedule, rates = 5e-4, 50, None, "constant"
     if ours:
-        args.learning_rate, args.patience, rates = 1e-3, None, "with cosine schedule"
-        args.schedule = partial(CosineAnnealingLR, T_max=args.epochs)
+        args.learning_rate, args.patience, averaged = 1e-3, None, args.ema_decay is not None
+        rates = "with cosine schedule" + " to half of it" * averaged
+        args.schedule = partial(CosineAnnealingLR, T_max=args.epochs * (1 + averaged))
     rates += f", decoupled decay {args.weight_decay:g} of linear layers" * (args.weight_decay > 0)
     rates += ", networks in bfloat16" * args.bfloat16
+    kept = "parameters" if args.ema_decay is None else f"averages (decay {args.ema_decay} a step)"
     results = pv.Results(
         args.out / "results.json",
         title=f"VAE with a VampPrior: {data.name}",
@@ -321,16 +321,15 @@ def main() -> None:
             "training": f"Monte Carlo ELBO, one particle, batch 100, Adam, learning rate "
             f"{args.learning_rate:g} {rates}, KL weight warmed up over {args.warmup} epochs, "
             + ("" if ours else f"until {args.patience} epochs bring no better validation bound, ")
-            + "parameters of the best",
+            + f"{kept} of the best",
             "epochs at most": args.epochs,
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
             "annealing budget": args.anneal,
         },
         device=args.device,
     )
-    finished = {row["name"] for row in results.rows if row["finished"]}
     every = (Variant(*which) for which in product(args.layers, args.priors, args.seeds))
-    left = [variant for variant in every if variant.name not in finished]
+    left = [v for v in every if v.name not in {r["name"] for r in results.rows if r["finished"]}]
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
         print(f"{variant.name}...", flush=True)
