@@ -155,7 +155,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add("--kl-weight", type=float, default=1.0, help="weight of the KL")
     add("--warmup", type=int, default=0, help="epochs in which the KL weight rises")
     add("--max-grad-norm", type=float, help="clip the gradient's norm")
-    add("--ema-decay", type=float, help="average the parameters over steps, e.g. 0.999")
+    add(
+        "--ema-decay",
+        type=float,
+        help="of averages of the parameters, per step; 0.99 for 100 steps",
+    )
     add("--patience", type=int, help="stop after so many epochs without a better validation bound")
     add("--seed", type=int, default=0, help="seed of everything")
     add("--compile", **_COMPILE)

@@ -181,6 +181,21 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))
 
 
+def test_averages_are_kept_while_the_rate_is_only_halved(monkeypatch, tmp_path):
+    out = ["--out", str(tmp_path), "--layers", "2", "--priors", "VampPrior", "--recipe", "ours"]
+    run(monkeypatch, *out, "--ema-decay", "0.9")
+    training = json.loads((tmp_path / "results.json").read_text())["protocol"]["training"]
+    assert "cosine schedule to half of it" in training
+    assert training.endswith("averages (decay 0.9 a step) of the best")
+    folder = tmp_path / "2-layers-vampprior"
+    assert json.loads((folder / "config.json").read_text())["options"]["ema_decay"] == 0.9
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    assert rates == pytest.approx([1e-3, (1 + math.cos(math.pi / 4)) / 2 * 1e-3])
+    with pytest.raises(SystemExit, match=r"another protocol.*averages \(decay 0\.99 a step\)"):
+        run(monkeypatch, *out, "--ema-decay", "0.99")
+
+
 def test_all_networks_are_trained_in_bfloat16_where_that_is_asked(monkeypatch, tmp_path):
     fit, precisions = pv.fit, []
 
@@ -226,9 +241,10 @@ def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_pa
     run(monkeypatch, *out)
 
 
-@pytest.mark.parametrize(
-    "mistake", [("--num-particles", "1"), ("--budget", "0"), ("--weight-decay", "nan")]
-)
+MISTAKES = {"--num-particles": "1", "--budget": "0", "--weight-decay": "nan", "--ema-decay": "1"}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.items(), ids=MISTAKES)
 def test_mistakes_are_said_in_a_line(mistake, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--out", str(tmp_path / "none"), *mistake)

@@ -20,9 +20,10 @@ class Averages:
     .. math:: a_t = \frac{1 - \beta}{1 - \beta^t} \sum_{s=1}^t \beta^{t-s} \theta_s
 
     Divided by the sum of its weights it owes nothing to where training started: it is the plain
-    mean of the first few steps, and that of about the last :math:`1 / (1 - \beta)` later on.
-    Unconstrained values are averaged; buffers, such as the statistics of batch normalisation, are
-    not.
+    mean of the first few steps, and that of about the last :math:`1 / (1 - \beta)` later on. The
+    steps of a parameter that the programs make later are counted from there. Unconstrained values
+    are averaged, in their own precision; buffers, such as the statistics of batch normalisation,
+    are not.
 
     Args:
         parameters: Those of the pair.
@@ -39,20 +40,22 @@ class Averages:
         check_decay(decay)
         self.parameters = parameters
         self.decay = decay
-        self.steps = 0
         self._values: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take up the parameters as they are after a step."""
-        leaves = self.parameters.named
-        self.steps += 1
-        for name, leaf in leaves.items():  # Pyro may make some at a later step
+        alike: dict[int, list[str]] = {}  # names by number of steps, most often all of them
+        for name, leaf in self.parameters.named.items():
             if name not in self._values:
                 self._values[name] = leaf.detach().clone()
-        new = (1 - self.decay) / (1 - self.decay**self.steps)
-        average = get_ema_multi_avg_fn(1 - new)
-        average([self._values[name] for name in leaves], list(leaves.values()), None)
+            self._steps[name] = self._steps.get(name, 0) + 1
+            alike.setdefault(self._steps[name], []).append(name)
+        for steps, names in alike.items():
+            new = (1 - self.decay) / (1 - self.decay**steps)
+            leaves = [self.parameters.named[name] for name in names]
+            get_ema_multi_avg_fn(1 - new)([self._values[name] for name in names], leaves, None)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -66,10 +69,10 @@ class Averages:
             _put(kept, known)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, as the pair's own state with them in place, and the number of steps."""
+        """The averages, as the pair's own state with them in place, and the numbers of steps."""
         with self.in_place():
             averaged = copy.deepcopy(self.parameters.state_dict())
-        return {"parameters": averaged, "steps": self.steps}
+        return {"parameters": averaged, "steps": dict(self._steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved state; the pair has its averages then.
@@ -78,9 +81,9 @@ class Averages:
             state: What ``state_dict`` returned.
         """
         self.parameters.load_state_dict(state["parameters"])
-        self.steps = state["steps"]
-        named = self.parameters.named if self.steps else {}
-        self._values = {name: leaf.detach().clone() for name, leaf in named.items()}
+        self._steps = dict(state["steps"])
+        named = self.parameters.named
+        self._values = {name: named[name].detach().clone() for name in self._steps}
 
 
 def check_decay(decay: float) -> None:

@@ -181,7 +181,7 @@ class Loop:
     def _copied_state(self) -> dict[str, Any]:
         """The state as it is now; what is never changed in place is shared, however long it is."""
         state = self.state_dict()
-        shared = {"records": list(self.records), "best": self.best}
+        shared = {"records": list(self.records), "best": self.best, "averages": state["averages"]}
         return {**copy.deepcopy({k: v for k, v in state.items() if k not in shared}), **shared}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -45,10 +45,11 @@ class History:
     Attributes:
         records: One dict an epoch, with ``epoch``, ``elbo``, ``valid_elbo``, ``distortion``,
             ``rate`` (nats per datum, without the KL weight), ``loss`` (with it), ``kl_weight``,
-            ``learning_rate`` and ``seconds``; NaN where something is unknown.
-        best_epoch: The epoch of the best validation bound, whose parameters the pair has now: the
-            tighter of the ELBO and the objective's own, which importance weighting raises while
-            the ELBO falls. None without validation data.
+            ``learning_rate`` and ``seconds``; NaN where something is unknown. Under ``ema_decay``
+            ``valid_elbo`` is that of the averages, all else that of the parameters themselves.
+        best_epoch: The epoch of the best validation bound, whose parameters (or averages) the pair
+            has now: the tighter of the ELBO and the objective's own, which importance weighting
+            raises while the ELBO falls. None without validation data.
         stopped: Why training ended: "epochs", "patience", "callback" or "time".
         run: The run directory, if any.
     """
@@ -116,9 +117,10 @@ def fit(
             such as ``warmup(100)``. Logged bounds are unweighted.
         max_grad_norm: Clip the norm of the gradient of the summed loss.
         ema_decay: Decay per step of an exponential moving average of the parameters; 0.999 averages
-            over about 1,000 steps. The averages are what is validated and what the pair has in the
-            end: most often they know unseen data better than any parameters that a step reaches,
-            and the more so at a learning rate that stays high.
+            over about 1,000 steps, which should be a small part of all. The averages are what is
+            validated, and what the pair has when training is over; callbacks meet the parameters
+            themselves. They pay where a learning rate stays high; one that falls to zero leaves
+            little to average. Buffers, as of batch normalisation, stay those of the last step.
         patience: Stop after so many epochs without a better validation bound, once the KL weight
             has reached its last value.
         max_seconds: Stop after the epoch in which this call has trained for so long, compiling and

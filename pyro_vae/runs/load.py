@@ -26,6 +26,8 @@ class Pair(NamedTuple):
 def load(run: str | Path, *, model: Program | None = None, guide: Program | None = None) -> Pair:
     """The pair of a run, with the parameters of its best validation bound (else of its last epoch).
 
+    Under ``fit(ema_decay=)`` these are averages; without validation data, the last ones.
+
     Nothing that lies in the run is executed: the pair is built again from the recipe in
     ``config.json`` out of this package's own pieces, and the checkpoint holds tensors only.
 
