@@ -17,7 +17,7 @@ Both differ from the authors' code in that Adam's gradients are not normalised, 
 PyTorch's (theirs: He's), scales softplus(.) (theirs: log-variances within -6 and 2), and
 pseudo-inputs start at the first training data (theirs: noise around 0.05, for Frey Faces 0.8).
 Published figures are of weighting alone; --anneal B corrects ours for data that it can't be trusted
-for, at B times its cost.
+for, at B times its cost. Called again, the script goes on where it stopped.
 
     python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours
 """
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="networks are trained in it")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
     parser.add_argument("--weight-decay", type=float, help="decoupled; 0 by default, ours 0.2")
-    parser.add_argument("--ema-decay", type=float, help="of averages; halves ours' rate, no more")
+    parser.add_argument("--ema-decay", type=float, help="average; ours then ends at half its rate")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=PRIORS)
     parser.add_argument("--num-particles", type=int, default=5000)
