@@ -7,19 +7,19 @@ and two stochastic layers, under three priors of the topmost latent,
     mixture     1/K sum_k N(m_k, s_k^2), all of it learned, the weights too
     VampPrior   1/K sum_k q(z|u_k), the encoder itself at K learned pseudo-inputs u_k
 
-on static MNIST (log p(x), nats) and Frey Faces (a discretized logistic over 256 levels, bits per
-dimension); digits need no download. The two layers are the paper's: both latents are drawn from the
-top down, and both reach the data, so that neither is left out: p(x|z1, z2) and q(z2|x) q(z1|x, z2).
-
-The paper's recipe stops after 50 epochs without a better validation bound; "ours" has a cosine
-schedule in its place, and weights that decay, since it knows its training data too well otherwise.
-Both differ from the authors' code in that Adam's gradients are not normalised, initial weights are
-PyTorch's (theirs: He's), scales softplus(.) (theirs: log-variances within -6 and 2), and
-pseudo-inputs start at the first training data (theirs: noise around 0.05, for Frey Faces 0.8).
-Published figures are of weighting alone; --anneal B corrects ours for data that it can't be trusted
-for, at B times its cost. Called again, the script goes on where it stopped.
+on static MNIST (nats) and Frey Faces (a discretized logistic over 256 levels, bits per dimension);
+digits need no download. In two layers, as the paper's, both latents reach the data, so that neither
+is left out. The paper's recipe stops after 50 epochs without a better validation bound; "ours" has
+a cosine schedule in its place, and weights that decay, since it knows its training data too well.
+Both differ from the authors' code: Adam's gradients are not normalised, weights begin as PyTorch's
+(theirs: He's), scales are softplus(.) (theirs: log-variances within -6 and 2), pseudo-inputs begin
+at training data (theirs: noise around 0.05, for Frey Faces 0.8). Published figures are of weighting
+alone; --anneal B corrects ours for data that it can't be trusted for, at B times its cost. Called
+again, the script goes on. --draws K takes a tighter bound, here from where other runs have ended:
 
     python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours
+    python experiments/vampprior.py --data binarized_mnist --root FOLDER --recipe ours \
+        --start runs/vampprior --draws 20 --epochs 20 --out runs/vampprior_draws
 """
 
 import dataclasses
@@ -43,8 +43,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
 
-# By data and layers, then by prior: nats, and bits per dimension for levels.
-REPORTED = {
+REPORTED = {  # by data and layers, then by prior: nats, and bits per dimension for levels
     ("binarized_mnist", 1): {"N(0, I)": -88.56, "VampPrior": -85.57},
     ("binarized_mnist", 2): {"N(0, I)": -86.05, "VampPrior": -83.19},
     ("frey_faces", 1): {"N(0, I)": 4.63, "VampPrior": 4.57},
@@ -61,21 +60,18 @@ class Sizes(NamedTuple):
     num_components: int = 500
 
 
-def mixture(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
-    """A mixture that sees nothing of the encoder."""
-    start, out = (0.0, pv.families.inverse_softplus(1.0)), (2, sizes.latent_dim)
-    return pv.priors.Mixture(pv.families.normal, sizes.num_components, out, start=start)
-
-
 def vampprior(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
     """The encoder at pseudo-inputs, which start at the first of the training data."""
     highest = 1.0 if data.num_levels is None else data.num_levels - 1.0
     return pv.priors.VampPrior(encoder, data.train[: sizes.num_components], low=0.0, high=highest)
 
 
+START = (0.0, pv.families.inverse_softplus(1.0))  # of locations and of scales, before softplus
 PRIORS: dict[str, Callable[[pv.Conditional, pv.Split, Sizes], nn.Module]] = {
     "N(0, I)": lambda encoder, data, sizes: pv.priors.StandardNormal(sizes.latent_dim),
-    "mixture": mixture,
+    "mixture": lambda encoder, data, sizes: pv.priors.Mixture(
+        pv.families.normal, sizes.num_components, (2, sizes.latent_dim), start=START
+    ),
     "VampPrior": vampprior,
 }
 
@@ -85,9 +81,7 @@ class TwoLayers(PyroModule):
 
     def __init__(self, prior: nn.Module, between: nn.Module, likelihood: nn.Module) -> None:
         super().__init__()
-        self.prior = prior  # p(z2)
-        self.between = between  # p(z1|z2)
-        self.likelihood = likelihood  # p(x|z1, z2)
+        self.prior, self.between, self.likelihood = prior, between, likelihood
 
     def forward(self, x: Tensor) -> Tensor:
         """Score data ``(B, D)``."""
@@ -102,8 +96,7 @@ class TopDown(PyroModule):
 
     def __init__(self, top: nn.Module, bottom: nn.Module) -> None:
         super().__init__()
-        self.top = top  # q(z2|x)
-        self.bottom = bottom  # q(z1|x, z2)
+        self.top, self.bottom = top, bottom
 
     def forward(self, x: Tensor) -> None:
         """Draw z2, then z1."""
@@ -127,9 +120,7 @@ class Joined(nn.Module):
         return self.both(torch.cat(torch.broadcast_tensors(*seen), -1))
 
 
-def build(
-    layers: int, make: Callable[..., nn.Module], data: pv.Split, sizes: Sizes, autocast: Any = None
-) -> tuple[pv.Model | TwoLayers, pv.Guide | TopDown]:
+def build(layers: int, make: Any, data: pv.Split, sizes: Sizes, autocast: Any = None) -> Any:
     """The pair; the prior is that of its only latent, or of z2."""
     conditional = partial(pv.Conditional, autocast=autocast)
     dim, (z, hidden, _) = data.dim, sizes
@@ -174,15 +165,19 @@ def adam(params: list[Tensor], programs: Any, args: Any) -> torch.optim.Optimize
 
 def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dict[str, Any]:
     """Train as far as the time goes, and judge: the figures of a row."""
-    out = args.out / "-".join(re.findall("[a-z0-9]+", variant.name.lower()))
+    folder = "-".join(re.findall("[a-z0-9]+", variant.name.lower()))
+    out, begun = args.out / folder, (args.out / folder / "config.json").is_file()
     torch.manual_seed(variant.seed)
     autocast = torch.bfloat16 if args.bfloat16 else None
     model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes, autocast)
+    if args.start and not begun:
+        pv.load(args.start / folder, model=model, guide=guide)
     shared: Any = {"model": model, "guide": guide, "data": data}
     shared |= {"seed": variant.seed, "device": args.device}
     facts = {"of_epochs": args.epochs, **variant._asdict()}
     try:
         history = pv.fit(
+            loss=pv.ImportanceWeighted(args.draws) if args.draws > 1 else None,
             optimizer=partial(adam, programs=(model, guide), args=args),
             lr_schedule=args.schedule,
             kl_weight=pv.warmup(args.warmup),
@@ -192,7 +187,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
             patience=args.patience,
             max_seconds=seconds,
             out=out,
-            resume=(out / "config.json").is_file(),
+            resume=begun,
             pictures=False,
             **shared,
         )
@@ -202,14 +197,10 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
         return {"diverged": True, "finished": True, "epochs": epochs, **facts}
     pv.evaluate_run(out, num_particles=args.num_particles, budget=args.anneal, **shared)
     judged, part = json.loads((out / "evidence.json").read_text()), data.train[::50]
-    levels, annealed = data.num_levels is not None, args.anneal > 0
-    kept = KEPT + ("weighted", "num_annealed") * annealed + ("bits_per_dim",) * levels
-    if levels and annealed and judged["weighted"] is not None:
-        kept += ("weighted_bits_per_dim",)
-        judged["weighted_bits_per_dim"] = -judged["weighted"] / (data.dim * math.log(2))
+    kept = (*KEPT, "bits_per_dim", *("weighted", "num_annealed") * (args.anneal > 0))
     reported = REPORTED.get((data.name, variant.layers), {})
     return {
-        **{key: judged[key] for key in kept},
+        **{key: judged[key] for key in kept if key in judged},
         **({"as_reported": reported[variant.prior]} if variant.prior in reported else {}),
         "train_elbo": pv.log_evidence(model, guide, part, num_particles=10).elbo.mean().item(),
         "best_epoch": history.best_epoch,
@@ -222,32 +213,24 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
 
 def figure_of(row: dict[str, Any], *, weighted: bool) -> float:
     """Bits per dimension of levels, else nats; by weighting alone as published, or annealed."""
-    names = ("weighted_bits_per_dim", "weighted", "bits_per_dim", "log_evidence")
-    return next(row[name] for name in names[0 if weighted else 2 :] if name in row)
+    value = row.get("weighted", row["log_evidence"]) if weighted else row["log_evidence"]
+    return row["bits_per_dim"] * value / row["log_evidence"] if "bits_per_dim" in row else value
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """The figures by prior, a colour for each number of layers."""
-    figure = Figure(figsize=(6.2, 4), layout="constrained")
-    axes = figure.add_subplot()
-    names = [prior for prior in PRIORS if any(row["prior"] == prior for row in rows)]
-    for depth in sorted({row["layers"] for row in rows}):
-        own = [row for row in rows if row["layers"] == depth]
-        at = [names.index(row["prior"]) for row in own]
-        label = f"{depth} stochastic layer" + "s" * (depth > 1)
-        style: Any = {"color": f"C{depth - 1}", "linestyle": "none"}
-        axes.plot(at, [figure_of(row, weighted=True) for row in own], "o", label=label, **style)
-        told = [row.get("as_reported", math.nan) for row in own]
-        known = any(not math.isnan(value) for value in told)
-        axes.plot(at, told, "x", ms=8, label=f"{label}, as reported" if known else None, **style)
-        if any(row.get("num_annealed") for row in own):
-            found = [figure_of(row, weighted=False) for row in own]
-            axes.plot(at, found, "+", ms=9, label=f"{label}, annealed", **style)
-    axes.set_xticks(range(len(names)), names)
+    """The figure of every row, beside what was reported."""
+    figure = Figure(figsize=(7, 1.4 + 0.4 * len(rows)), layout="constrained")
+    axes, at = figure.add_subplot(), range(len(rows))
+    axes.plot([figure_of(row, weighted=True) for row in rows], at, "C0o", label="pyro_vae")
+    if any(row.get("num_annealed") for row in rows):
+        found = [figure_of(row, weighted=False) for row in rows]
+        axes.plot(found, at, "C0+", ms=9, label="pyro_vae, annealed")
+    told = [row.get("as_reported", math.nan) for row in rows]
+    axes.plot(told, at, "C1x", label="as reported")
     bits = any("bits_per_dim" in row for row in rows)
-    axes.set(ylabel="bits per dimension" if bits else "log p(x), nats per image", xlabel="prior")
-    axes.margins(x=0.2)
-    figure.legend(loc="outside upper center", ncols=2)
+    axes.set(xlabel="bits per dimension" if bits else "log p(x), nats per image")
+    axes.set(yticks=at, yticklabels=[row["name"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
@@ -258,12 +241,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         bits = f"{row['bits_per_dim']:.3f}" if "bits_per_dim" in row else ""
         alone = f"{figure_of(row, weighted=True):.3f}" if "weighted" in row else ""
         ended = f"{row['epochs']} of {row['of_epochs']}" + ", diverged" * ("diverged" in row)
-        lines.append(
-            f"{row['name']:20}{row['elbo']:9.2f}{row['log_evidence']:11.3f} +- "
-            f"{row['mean_standard_error']:.3f}{bits:>9}{alone:>10}"
-            f"{row.get('as_reported', ''):>9}  {ended}"
-        )
+        value = f"{row['log_evidence']:11.3f} +- {row['mean_standard_error']:.3f}{bits:>9}"
+        beside = f"{alone:>10}{row.get('as_reported', ''):>9}"
+        lines.append(f"{row['name']:20}{row['elbo']:9.2f}{value}{beside}  {ended}")
     return "\n".join(lines)
+
+
+def beginning(folder: Path, variants: list[Variant]) -> str:
+    """How the runs were trained that these begin at; they must have come to their end."""
+    if not (path := folder / "results.json").is_file():
+        raise ValueError(f"--start: expected a folder that this script has filled, no {path} found")
+    found = json.loads(path.read_text())
+    ended = {row["name"] for row in found["rows"] if row["finished"] and "elbo" in row}
+    if left := [variant.name for variant in variants if variant.name not in ended]:
+        raise ValueError(f"--start: {'; '.join(left)} not at an end in {folder}")
+    done = found["protocol"]
+    first = f"{done['start']}; then " if "start" in done else ""
+    return f"{first}{done['training']}, {done['epochs at most']} epochs"
 
 
 def main() -> None:
@@ -275,9 +269,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/vampprior"), help="goes on if there")
     parser.add_argument("--recipe", default="paper", choices=["paper", "ours"])
     parser.add_argument("--epochs", type=int, help="at most; 2000 by default, ours 500")
-    parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL weight is 1")
+    parser.add_argument("--warmup", type=int, help="epochs of KL warm-up; 100, with --start 1")
+    parser.add_argument("--draws", type=int, default=1, help="of the bound that is trained")
+    parser.add_argument("--start", type=Path, help="begin at the runs of this folder")
     parser.add_argument("--bfloat16", action="store_true", help="networks are trained in it")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes, shared")
+    parser.add_argument("--learning-rate", type=float, help="5e-4 by default, ours 1e-3")
     parser.add_argument("--weight-decay", type=float, help="decoupled; 0 by default, ours 0.2")
     parser.add_argument("--ema-decay", type=float, help="average; ours then ends at half its rate")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], choices=[1, 2])
@@ -290,8 +287,10 @@ def main() -> None:
     args = parser.parse_args()
     ours, args.sizes = args.recipe == "ours", Sizes()
     args.epochs = (500 if ours else 2000) if args.epochs is None else args.epochs
+    args.learning_rate = args.learning_rate or (1e-3 if ours else 5e-4)
+    args.warmup = (1 if args.start else 100) if args.warmup is None else args.warmup
     args.weight_decay = (0.2 if ours else 0.0) if args.weight_decay is None else args.weight_decay
-    good = args.budget > 0 and args.anneal >= 0 <= args.weight_decay
+    good = min(args.budget, args.draws) > 0 and args.anneal >= 0 <= args.weight_decay
     if args.num_particles < 2 or not (good and 0 <= (args.ema_decay or 0.0) < 1):
         parser.error("expected --num-particles from 2, --budget > 0, --ema-decay < 1, others >= 0")
     data = pv.load_data(args.data, root=args.root)
@@ -299,14 +298,17 @@ def main() -> None:
         parts = {part: getattr(data, part)[:200] for part in ("train", "valid", "test")}
         data = dataclasses.replace(data, source=None, labels=None, **parts)
         args.epochs, args.warmup, args.num_particles, args.sizes = 2, 1, 20, Sizes(3, 8, 10)
-    args.learning_rate, args.patience, args.schedule, rates = 5e-4, 50, None, "constant"
+    args.patience, args.schedule, rates = 50, None, "constant"
     if ours:
-        args.learning_rate, args.patience, averaged = 1e-3, None, args.ema_decay is not None
+        args.patience, averaged = None, args.ema_decay is not None
         rates = "with cosine schedule" + " to half of it" * averaged
         args.schedule = partial(CosineAnnealingLR, T_max=args.epochs * (1 + averaged))
     rates += f", decoupled decay {args.weight_decay:g} of linear layers" * (args.weight_decay > 0)
     rates += ", networks in bfloat16" * args.bfloat16
+    bound = f"importance weighted bound of {args.draws} draws"
     kept = "parameters" if args.ema_decay is None else f"averages (decay {args.ema_decay} a step)"
+    every = [Variant(*which) for which in product(args.layers, args.priors, args.seeds)]
+    warm = f"KL weight warmed up over {args.warmup} epochs, " * (args.warmup > 1)
     results = pv.Results(
         args.out / "results.json",
         title=f"VAE with a VampPrior: {data.name}",
@@ -317,19 +319,18 @@ def main() -> None:
             + ("Bernoulli" if data.num_levels is None else "discretized logistic")
             + f" likelihood; {args.sizes.num_components} members of the mixture and pseudo-inputs, "
             "which start at the first training data",
-            "training": f"Monte Carlo ELBO, one particle, batch 100, Adam, learning rate "
-            f"{args.learning_rate:g} {rates}, KL weight warmed up over {args.warmup} epochs, "
+            "training": (bound if args.draws > 1 else "Monte Carlo ELBO, one particle")
+            + f", batch 100, Adam, learning rate {args.learning_rate:g} {rates}, {warm}"
             + ("" if ours else f"until {args.patience} epochs bring no better validation bound, ")
             + f"{kept} of the best",
             "epochs at most": args.epochs,
+            **({"start": beginning(args.start, every)} if args.start else {}),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
             "annealing budget": args.anneal,
         },
         device=args.device,
     )
-    every = (Variant(*which) for which in product(args.layers, args.priors, args.seeds))
-    finished = {row["name"] for row in results.rows if row["finished"]}
-    left = [variant for variant in every if variant.name not in finished]
+    left = [v for v in every if v.name not in {r["name"] for r in results.rows if r["finished"]}]
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
         print(f"{variant.name}...", flush=True)

@@ -149,7 +149,7 @@ def test_what_was_published_is_held_against_weighting_alone():
     row |= {"log_evidence": -80.0, "weighted": -90.0, "of_epochs": 2, "as_reported": -83.19}
     figure_of = SCRIPT["figure_of"]
     assert (figure_of(row, weighted=True), figure_of(row, weighted=False)) == (-90.0, -80.0)
-    levels = row | {"bits_per_dim": 4.0, "weighted_bits_per_dim": 4.5}
+    levels = row | {"bits_per_dim": 4.0}
     assert (figure_of(levels, weighted=True), figure_of(levels, weighted=False)) == (4.5, 4.0)
     assert figure_of({"log_evidence": -80.0}, weighted=True) == -80.0
     assert "-90.000   -83.19" in SCRIPT["table"]([row])
@@ -166,8 +166,11 @@ def test_the_table_is_made_once_and_gone_on_with(monkeypatch, tmp_path, capsys):
     assert [row["name"] for row in figures["rows"]] == ["2 layers, mixture", "2 layers, VampPrior"]
     for row in figures["rows"]:
         assert row["log_evidence"] >= row["elbo"]
-        for bits, nats in (("bits_per_dim", "log_evidence"), ("weighted_bits_per_dim", "weighted")):
-            assert row[bits] == pytest.approx(-row[nats] / (64 * math.log(2)))
+        found = {
+            weighted: SCRIPT["figure_of"](row, weighted=weighted) for weighted in (True, False)
+        }
+        for weighted, nats in ((True, "weighted"), (False, "log_evidence")):
+            assert found[weighted] == pytest.approx(-row[nats] / (64 * math.log(2)))
         assert row["epochs"] == 2
     assert "start at the first training data" in figures["protocol"]["model"]
     assert (tmp_path / "vampprior.png").stat().st_size > 1000
@@ -194,6 +197,44 @@ def test_averages_are_kept_while_the_rate_is_only_halved(monkeypatch, tmp_path):
     assert rates == pytest.approx([1e-3, (1 + math.cos(math.pi / 4)) / 2 * 1e-3])
     with pytest.raises(SystemExit, match=r"another protocol.*averages \(decay 0\.99 a step\)"):
         run(monkeypatch, *out, "--ema-decay", "0.99")
+
+
+def test_more_draws_go_on_where_other_runs_have_ended(monkeypatch, tmp_path):
+    fit, begun = pv.fit, []
+
+    def watched(*, model: nn.Module, loss: Any, **options: Any) -> pv.History:
+        begun.append((loss, {k: v.clone() for k, v in model.state_dict().items()}))
+        history = fit(model=model, loss=loss, **options)
+        begun.append((None, {k: v.clone() for k, v in model.state_dict().items()}))
+        return history
+
+    monkeypatch.setattr("pyro_vae.fit", watched)
+    alike = ["--layers", "2", "--recipe", "ours", "--ema-decay", "0.9", "--priors"]
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    run(monkeypatch, *alike, "VampPrior", "--out", first)
+    more = [*alike, "VampPrior", "--draws", "3", "--start", first, "--out", second]
+    run(monkeypatch, *more, "--learning-rate", "1e-4")
+    run(monkeypatch, *alike, "VampPrior", "--draws", "5", "--start", second, "--out", third)
+    (_, _), (_, ended), (loss, started), (_, again), (tighter, last) = begun[:5]
+    assert (loss.num_particles, tighter.num_particles) == (3, 5)
+    for before, after in ((ended, started), (again, last)):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(started[name], again[name]) for name in started)
+
+    protocol = json.loads((tmp_path / "second" / "results.json").read_text())["protocol"]
+    assert protocol["training"].startswith("importance weighted bound of 3 draws, batch 100, Adam")
+    assert "learning rate 0.0001 with cosine schedule to half of it" in protocol["training"]
+    chain = json.loads((tmp_path / "third" / "results.json").read_text())["protocol"]["start"]
+    assert chain == f"{protocol['start']}; then {protocol['training']}, 2 epochs"
+    assert chain.startswith("Monte Carlo ELBO, one particle")
+    assert " of the best, 2 epochs; then " in chain
+
+    with pytest.raises(SystemExit, match=r"another protocol: training is .*of 3 draws"):
+        run(monkeypatch, *more, "--draws", "4")
+    with pytest.raises(SystemExit, match="--start: 2 layers, mixture not at an end in"):
+        run(monkeypatch, *alike, "mixture", "--start", first, "--out", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="--start: expected a folder that this script has filled"):
+        run(monkeypatch, *alike, "VampPrior", "--start", str(tmp_path / "none"))
 
 
 def test_all_networks_are_trained_in_bfloat16_where_that_is_asked(monkeypatch, tmp_path):
@@ -242,6 +283,7 @@ def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_pa
 
 
 MISTAKES = {"--num-particles": "1", "--budget": "0", "--weight-decay": "nan", "--ema-decay": "1"}
+MISTAKES |= {"--draws": "0"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.items(), ids=MISTAKES)
