@@ -233,6 +233,10 @@ def test_more_draws_go_on_where_other_runs_have_ended(monkeypatch, tmp_path):
         run(monkeypatch, *more, "--draws", "4")
     with pytest.raises(SystemExit, match="--start: 2 layers, mixture not at an end in"):
         run(monkeypatch, *alike, "mixture", "--start", first, "--out", str(tmp_path / "none"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"rows": [{"name": "2 layers, VampPrior"}]}')
+    with pytest.raises(SystemExit, match="--start: 2 layers, VampPrior not at an end in"):
+        run(monkeypatch, *alike, "VampPrior", "--start", str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="--start: expected a folder that this script has filled"):
         run(monkeypatch, *alike, "VampPrior", "--start", str(tmp_path / "none"))
 
@@ -283,7 +287,7 @@ def test_one_that_diverges_stops_no_other_and_costs_its_time(monkeypatch, tmp_pa
 
 
 MISTAKES = {"--num-particles": "1", "--budget": "0", "--weight-decay": "nan", "--ema-decay": "1"}
-MISTAKES |= {"--draws": "0"}
+MISTAKES |= {"--draws": "0", "--learning-rate": "nan"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.items(), ids=MISTAKES)
