@@ -15,8 +15,8 @@ binarized, each pixel drawn once in proportion to its level, and Frey Faces are 
 density on [0, 1], so that each figure is a bound; --intensities takes the grey levels as they do.
 Errors of bounds: of the draws (standard error), and of data with their draws (sampling error).
 
-    python experiments/aevb_bound.py --root ../shared/data --out runs/aevb_bound --device cuda
-    python experiments/aevb_bound.py --root ../shared/data --epochs 20 --budget 60
+    python experiments/aevb_bound.py --root FOLDER --device cuda
+    python experiments/aevb_bound.py --root FOLDER --epochs 20 --budget 60 --out runs/20_epochs
 """
 
 import argparse

@@ -13,8 +13,8 @@ draw a datum, the KL in closed form, a prior N(0, I) of the decoder's weights, i
 N(0, 0.01) (taken as a variance). MNIST is binarized, each pixel drawn once in proportion to its
 level; Frey Faces are dequantized to a density on [0, 1].
 
-    python experiments/aevb_manifold.py --root ../shared/data --device cuda
-    python experiments/aevb_manifold.py --data digits --out runs/aevb_manifold --samples 300000
+    python experiments/aevb_manifold.py --root FOLDER --device cuda
+    python experiments/aevb_manifold.py --data digits --samples 300000 --out runs/digits_manifold
 """
 
 import argparse

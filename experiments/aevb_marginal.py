@@ -15,8 +15,8 @@ iterations. As there: tanh units, minibatches of 100, one draw a datum, a prior 
 decoder's weights, initial weights N(0, 0.01) (taken as a variance), the first 1,000 training and
 test data judged. MNIST is binarized, each pixel drawn once in proportion to its level.
 
-    python experiments/aevb_marginal.py --root ../shared/data --device cuda
-    python experiments/aevb_marginal.py --root ../shared/data --sizes 1000 --epochs 200 --images 100
+    python experiments/aevb_marginal.py --root FOLDER --device cuda
+    python experiments/aevb_marginal.py --root FOLDER --sizes 1000 --epochs 200 --out runs/reduced
 """
 
 import argparse

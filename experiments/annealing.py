@@ -4,8 +4,8 @@ A pair is trained, or gone on with. Then, on some of its test data: importance w
 from the guide and from the prior, bounds from both sides on data that the model simulates, and the
 two gaps of the bound. Each line has its budget, its time and its error.
 
-    python experiments/annealing.py --out runs/annealing
-    python experiments/annealing.py --data binarized_mnist --root ../shared/data --epochs 60
+    python experiments/annealing.py
+    python experiments/annealing.py --data binarized_mnist --root FOLDER --epochs 60 --out runs/ais
 """
 
 import argparse
@@ -260,4 +260,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, pv.DivergedError) as error:
+        raise SystemExit(f"annealing.py: {error}") from None

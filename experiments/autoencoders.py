@@ -32,8 +32,8 @@ images from N(0, I) draws that lie among the real ones, and `coverage`, the shar
 they come near to (Kynkäänniemi et al. 2019, Naeem et al. 2020; `of_codes`: from a normal fitted to
 the codes); log p of held-out levels by importance weighting (a bound: they are dequantized).
 
-    python experiments/autoencoders.py --out runs/autoencoders
-    python experiments/autoencoders.py --data mnist --root ../shared/data --epochs 20 --budget 10
+    python experiments/autoencoders.py
+    python experiments/autoencoders.py --data mnist --root FOLDER --epochs 20 --out runs/of_mnist
 """
 
 import math

@@ -16,8 +16,8 @@ Where a decoder sees x_<i, the latents may stay unused: the rate KL(q(z|x) || p(
 and with it what z tells about x (Chen et al., "Variational lossy autoencoder", 2017). Free bits
 make the first nats of the rate cost nothing. Called again, the script goes on where it stopped.
 
-    python experiments/autoregressive.py --out runs/autoregressive
-    python experiments/autoregressive.py --data binarized_mnist --root FOLDER --epochs 100
+    python experiments/autoregressive.py
+    python experiments/autoregressive.py --data binarized_mnist --root FOLDER --out runs/made
 
 Reported: MADE of one hidden layer and one order, table 6 of Germain et al. (2015); from memory, its
 layer had 8,000 units, where ours has --hidden of them, or two for each dimension if that is more.

@@ -5,7 +5,7 @@ a Pyro model and guide: p(z) = N(0, I) in 40 dimensions, two gated layers of 300
 side, the KL weight warmed up; here with a cosine learning-rate schedule in place of thousands of
 epochs. Judged on the whole test set by importance weighting.
 
-    python experiments/binarized_mnist.py --root ../shared/data --out runs/binarized_mnist
+    python experiments/binarized_mnist.py --root FOLDER
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", default="../shared/data", help="folder of the data set")
+    parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path("runs/binarized_mnist"))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--epochs", type=int, default=220)
@@ -114,4 +114,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, pv.DivergedError) as error:
+        raise SystemExit(f"binarized_mnist.py: {error}") from None

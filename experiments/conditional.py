@@ -191,4 +191,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, pv.DivergedError) as error:
+        raise SystemExit(f"conditional.py: {error}") from None

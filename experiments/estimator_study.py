@@ -18,8 +18,8 @@ its signal to noise ratio |mean| / sqrt(variance) and its bias, relative to the 
 draws (none where another bound is meant): on one minibatch, for K draws and at stages of training,
 and for minibatches drawn anew. Then bound, log p(x) of test data and time of training by each.
 
-    python experiments/estimator_study.py --out runs/estimator_study
-    python experiments/estimator_study.py --data binarized_mnist --root ../shared/data --epochs 20
+    python experiments/estimator_study.py
+    python experiments/estimator_study.py --data mnist --root FOLDER --epochs 20 --out runs/mnist
 """
 
 import json

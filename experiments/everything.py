@@ -120,7 +120,12 @@ class Ledger:
         if (entry.get("command"), entry.get("code")) != (words, 0) or not figures.is_file():
             return False
         found = json.loads(figures.read_text())
-        return found.get("finished", all(map(came_to_its_end, found["rows"])))
+        return whole(found)
+
+
+def whole(figures: dict[str, Any]) -> bool:
+    """Whether all trainings of a script came to their end, by what it says itself, or by row."""
+    return figures.get("finished", all(map(came_to_its_end, figures["rows"])))
 
 
 def came_to_its_end(row: dict[str, Any]) -> bool:
@@ -159,8 +164,11 @@ def publish(name: str, script: str, out: Path, *, reduced: bool) -> None:
             print(f"{name}: not published, {there} is of another protocol")
             return
         ours, theirs = (sum(row.get("epochs", 0) for row in of["rows"]) for of in (here, other))
-        if ours < theirs and (same or not all(map(came_to_its_end, here["rows"]))):
+        if ours < theirs and (same or not whole(here)):
             print(f"{name}: not published, {there} is of {theirs:,} epochs in all, not {ours:,}")
+            return
+        if not same and whole(other) and not whole(here):
+            print(f"{name}: not published, {there} has come to its end, and this has not")
             return
     docs.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(found, there)

@@ -6,8 +6,8 @@ AutoNormal), and held-out data are judged by their posterior predictive density.
 of the whole training set, in which the weights are paid for once. The number of training data
 varies, that of gradient steps does not. Called again, the script goes on where it stopped.
 
-    python experiments/full_vb.py --out runs/full_vb
-    python experiments/full_vb.py --data mnist --root FOLDER --sizes 100 1000 --hidden 500
+    python experiments/full_vb.py
+    python experiments/full_vb.py --data mnist --root FOLDER --hidden 500 --out runs/full_vb_mnist
 
 Against it stand two point estimates of the weights: trained to the end, and stopped at the best
 bound of the validation data, which the others never see; all start alike. Two things depart from

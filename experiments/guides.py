@@ -5,8 +5,8 @@ guide has led to, and the gap between log p(x) and the ELBO judges the guide. Re
 for each test datum (`pv.refine`) says how much of its gap is amortization: what one network for all
 data costs against a diagonal normal of each datum's own.
 
-    python experiments/guides.py --out runs/guides
-    python experiments/guides.py --data binarized_mnist --root ../shared/data --epochs 60
+    python experiments/guides.py
+    python experiments/guides.py --data binarized_mnist --root FOLDER --epochs 60 --out runs/guide60
 """
 
 import argparse

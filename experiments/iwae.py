@@ -163,8 +163,7 @@ def build(mean: Tensor, latent_dims: Sequence[int], recipe: Recipe) -> tuple[Any
     upwards = [normal(low, high, hidden) for (low, high), hidden in steps]
     downwards = [normal(high, low, hidden) for (low, high), hidden in steps[:0:-1]]
     out = recipe.network(latent_dims[0], (1, len(mean)), hidden_dims=recipe.hidden_dims[0])
-    *_, bias = out.parameters()
-    bias.data.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
+    [*out.parameters()][-1].data.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())  # its bias
     downwards.append(conditional(out, pv.families.bernoulli))
     return Generative(pv.priors.StandardNormal(latent_dims[-1]), downwards), Recognition(upwards)
 
@@ -329,13 +328,14 @@ def main() -> None:
     end = time.monotonic() + 60 * args.budget  # judging counts too
     for done, variant in enumerate(left):
         vae = variant._replace(objective="VAE", k=1).name
-        ended = {row["name"] for row in results.rows if row["finished"] and "elbo" in row}
-        if args.after_vae and variant.k > 1 and vae not in ended:
+        ended = {row["name"]: row for row in results.rows if row["finished"] and "elbo" in row}
+        if (after := args.after_vae and variant.k > 1) and vae not in ended:
             print(f"{variant.name}: left out until {vae} has come to its end", flush=True)
             continue
         print(f"{variant.name}...", flush=True)
         seconds = (end - time.monotonic()) / (len(left) - done)
-        results.put(variant.name, **measured(variant, data, args, max(1.0, seconds)))
+        before = {k: ended[vae][k] for k in ("epochs", "train_seconds") if after}
+        results.put(variant.name, before=before, **measured(variant, data, args, max(1.0, seconds)))
     # What diverged has no figures, nor has what leaves a datum without any weight.
     rows = [{k: v for k, v in row.items() if v is not None} for row in results.rows]
     rows = [dict.fromkeys(KEPT, math.nan) | row for row in rows]

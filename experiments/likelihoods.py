@@ -7,9 +7,9 @@ level instead of being evaluated in its middle.
 Importance weighting finds too little where levels pin the latents down (look at the median ESS);
 `--anneal` judges the best of them by annealed importance sampling besides.
 
-    python experiments/likelihoods.py --out runs/likelihoods
-    python experiments/likelihoods.py --data frey_faces --root FOLDER --epochs 600 --anneal 200
-    python experiments/likelihoods.py --data mnist --root ../shared/data --epochs 20
+    python experiments/likelihoods.py
+    python experiments/likelihoods.py --data frey_faces --root FOLDER --epochs 600 --out runs/frey
+    python experiments/likelihoods.py --data mnist --root FOLDER --epochs 20 --out runs/grey
 """
 
 import argparse

@@ -8,8 +8,8 @@ have to say the same: loss, gradients and, in 64 bits, the whole course of a tra
 says loss and gradients, torch's Adam steps). Steps are timed in 32 bits. JAX joins in on a CPU that
 has it (pip install --editable '.[jax]'). Called again, the script goes on where it stopped.
 
-    python experiments/neural_nets.py --out runs/neural_nets
-    python experiments/neural_nets.py --data binarized_mnist --root FOLDER --epochs 10 --budget 5
+    python experiments/neural_nets.py
+    python experiments/neural_nets.py --data binarized_mnist --root FOLDER --out runs/nets_of_bits
 """
 
 import importlib.util

@@ -18,9 +18,9 @@ The figure is the area under the ROC curve (AUROC): how often a foreign image sc
 one of the data's own; 0.5 is chance, and below it the score prefers the foreign ones. Nothing is
 tuned on foreign images, which a detector has not seen when it is made.
 
-    python experiments/out_of_distribution.py --out runs/out_of_distribution
-    python experiments/out_of_distribution.py --data binarized_mnist --root ../shared/data \
-        --epochs 12 --latent-dim 40 --hidden-dims 300 300 --num-test 500
+    python experiments/out_of_distribution.py
+    python experiments/out_of_distribution.py --data binarized_mnist --root FOLDER \
+        --out runs/foreign_to_bits --epochs 12 --latent-dim 40 --hidden-dims 300 300 --num-test 500
     python experiments/out_of_distribution.py --data fashion_mnist --foreign mnist --epochs 20 ...
 
 References: Nalisnick et al., "Do deep generative models know what they don't know?" (2019) and
@@ -329,4 +329,7 @@ def picture(scores: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, pv.DivergedError) as error:
+        raise SystemExit(f"out_of_distribution.py: {error}") from None

@@ -4,8 +4,8 @@ The same networks, guide, likelihood and budget each time; only p(z) changes. Th
 VampPrior (Tomczak and Welling 2018) and the flow (Chen et al. 2017) can meet the encoder where it
 puts the data, which a fixed N(0, I) can't.
 
-    python experiments/priors.py --out runs/priors
-    python experiments/priors.py --data binarized_mnist --root ../shared/data --epochs 60
+    python experiments/priors.py
+    python experiments/priors.py --data binarized_mnist --root FOLDER --epochs 60 --out runs/prior60
 """
 
 import argparse

@@ -264,4 +264,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, pv.DivergedError) as error:
+        raise SystemExit(f"semi_supervised.py: {error}") from None

@@ -6,8 +6,8 @@ The figures lie in docs/results and docs/evidence, as the experiments left them.
 """
 
 import json
+import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ files in `docs/results/`, which the experiments leave as `results.json` in their
 "Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
 standard error of the mean as an estimate for new data. Figures of others are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
-together; "bias" is about how far log p(x) is too low. Nats are per datum. The seed is 0 where a
-row names no other.
+together; "bias" is about how far log p(x) is too low, and "untrusted" the part of the data whose
+weights are too uneven for either (Pareto k above 0.7). "7 of 7 after 320" epochs: 320 of another
+bound came before. "Above wake sleep" is at equal numbers of samples, which may be fewer than those
+of the row. Nats are per datum. The seed is 0 where a row names no other.
 """
 
 EVIDENCE = """# What the estimators of evidence say
@@ -48,13 +50,9 @@ Section = tuple[list[str], dict[str, str]]
 
 def single(figures: dict[str, Any]) -> Section:
     """One experiment: its figure beside those of others."""
-    rows = [
-        f"| **pyro_vae** | **{figures['log_evidence']:.2f}** | "
-        f"{figures['mean_standard_error']:.4f} | {figures['sampling_error']:.2f} |"
-    ]
-    rows += [
-        f"| {who} | {value:.2f} | | |" for who, value in figures.get("as_reported", {}).items()
-    ]
+    error, sampling = f"{figures['mean_standard_error']:.4f}", f"{figures['sampling_error']:.2f}"
+    rows = [["**pyro_vae**", f"**{figures['log_evidence']:.2f}**", error, sampling]]
+    rows += [[who, f"{of:.2f}", "", ""] for who, of in figures.get("as_reported", {}).items()]
     facts = {
         "ELBO of the test data": f"{figures['elbo']:.2f} nats",
         "best validation ELBO": f"{figures['best_valid_elbo']:.2f} nats, epoch "
@@ -71,8 +69,7 @@ def single(figures: dict[str, Any]) -> Section:
         facts["bias of the estimator"] = f"about {figures['bias']:.3f} nats (to second order)"
     if "bits_per_dim" in figures:
         facts["bits per dimension"] = f"{figures['bits_per_dim']:.4f}"
-    head = "| | log p(x), nats per datum | +- estimator | +- test set |"
-    return [head, "|---" * 4 + "|", *rows], facts
+    return markdown(["", "log p(x), nats per datum", "+- estimator", "+- test set"], rows), facts
 
 
 def free(figures: dict[str, Any]) -> Section:
@@ -84,8 +81,8 @@ def free(figures: dict[str, Any]) -> Section:
     for row in figures["rows"]:
         beside = row.get("as_reported", published.pop(row["name"], None))
         more = {key: of[row["name"]] for key, of in columns.items() if row["name"] in of}
-        untold = {key: of for key, of in (row | more).items() if key not in TOLD}
-        rows.append({**cells(untold), "as_reported": said("as_reported", beside)})
+        untold = {key: of for key, of in cells(row | more).items() if key not in TOLD}
+        rows.append({**untold, "as_reported": said("as_reported", beside)})
     rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
     fullest = sorted(rows, key=len, reverse=True)  # which have the columns in their order
     keys = list(dict.fromkeys(key for row in fullest for key in row if key != "as_reported"))
@@ -93,13 +90,15 @@ def free(figures: dict[str, Any]) -> Section:
     head = ["" if key == "name" else HEADS.get(key, key.replace("_", " ")) for key in keys]
     facts = cells({key: fact for key, fact in figures.items() if key not in columns})
     facts = {key.replace("_", " "): fact for key, fact in facts.items() if fact}
-    for row in figures["rows"]:
-        facts |= {f"{said} of {row['name']}": why for said, why in remarks(row).items()}
-    facts = protocol(figures) | facts | where(figures)
+    if facts.get("finished") == "no":
+        facts["finished"] = "no: the budget ended before the epochs did; the same call goes on"
     made: dict[tuple[str, str], list[str]] = {}
     for row in figures["rows"]:
+        facts |= {f"{said} of {row['name']}": why for said, why in remarks(row).items()}
         for fact in where(row).items():
             made.setdefault(fact, []).append(row["name"])
+    every = all("machine" in row for row in figures["rows"])  # has its own
+    facts = protocol(figures) | facts | where({**figures, "machine": None} if every else figures)
     for (key, fact), own in made.items():
         facts[f"{key} of {'each row' if 1 < len(own) == len(names) else '; '.join(own)}"] = fact
     return markdown(head, [[row.get(key, "") for key in keys] for row in rows]), facts
@@ -110,15 +109,10 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
     found = {}
     for part in (key for key in row if f"{key} annealed" in row):
         if (more := row[f"{part} annealed"]["value"] - row[part]["value"]) > 1:
-            found[f"{part} figure"] = (
-                f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
-                "come to the posterior from where they began"
-            )
+            found[f"{part} figure"] = f"annealing finds {more:.1f} nats more: chains were stuck"
     bound = row.get("test_bound") or {}
     if row.get("method") == "wake-sleep" and (bound.get("value") or 0.0) < -1e4:
-        found["bound"] = (
-            "Adagrad's first steps threw log-variances far out, and only dreams bring them back"
-        )
+        found["bound"] = "only dreams train the guide: on data its log-variances ran far off"
     if (beside := compared(row)) is None:
         return found
     done, best = row["epochs"], row.get("best_epoch", row["epochs"])
@@ -128,6 +122,7 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
         why = f"the validation bound still rose in the last of {done} epochs"
     else:
         why = f"epoch {best} of {done} was best, by the bound of the validation data"
+        why += ", and what came after overfitted" * (best < 0.9 * done)
     if (known := row.get("train_elbo")) is not None:
         why += f"; training data stand {known - row['elbo']:.1f} nats above test data, by the ELBO"
     if (better := beside[2]) < 0:
@@ -166,22 +161,28 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
                 continue
             key, unit = ("bits_per_dim", " bits") if row.get("bits_per_dim") else ("", "")
             told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
-            of = said("", row.get("of_epochs", row["epochs"]))
-            epochs = f"{said('', row['epochs'])} of {of}"
-            title = f"[{figures['title']}](#{anchor(figures['title'])})"
+            trained = map(cells(row).get, ("epochs", "before epochs"))
+            epochs = " after ".join(filter(None, trained))
+            title = figures["title"]
+            link = re.sub(r"[^\w-]", "", title.lower().replace(" ", "-"))
             # The error of an annealed figure is not that of the one by weighting.
-            error = abs(row["mean_standard_error"] * beside[1] / row["log_evidence"])
-            errors = "" if row.get("weighted") else f"{error:.4f}"
-            lines.append([title, name, told, f"**{ours}**", errors, f"{beside[2]:+.2f}", epochs])
+            error = row.get("weighted_error" if row.get("weighted") else "mean_standard_error")
+            scale = abs(row["bits_per_dim"] / row["log_evidence"]) if unit else 1.0
+            errors = "" if error is None else f"{error * scale:.4f}"
+            lines.append(
+                [
+                    f"[{title}](#{link})",
+                    name,
+                    told,
+                    f"**{ours}**",
+                    errors,
+                    f"{beside[2]:+.2f}",
+                    epochs,
+                ]
+            )
     head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "better by"]
     head.append("epochs")
     return ["## Beside what was published", "", *markdown(head, lines), ""] if lines else []
-
-
-def anchor(title: str) -> str:
-    """What a heading is linked by."""
-    kept = (c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
-    return "".join(kept)
 
 
 def cells(figures: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +198,8 @@ def cells(figures: dict[str, Any]) -> dict[str, str]:
         elif isinstance(value, dict):
             found |= cells({f"{key} {inner}": of for inner, of in value.items()})
         elif key in ("of", "of_epochs") and "epochs" in found:
-            found["epochs"] += f" of {said(key, value)}"
+            least = "at most " * (bool(figures.get("finished")) and figures["epochs"] < value)
+            found["epochs"] += f" of {least}{said(key, value)}"
         else:
             found[key] = said(key, value)
     return found
@@ -241,7 +243,7 @@ def comparison(figures: dict[str, Any]) -> Section:
         lines.append([*cells, *paired, *bits, f"{row['epochs']}{of}"])
     head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
     head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs"]
-    facts = protocol(figures) | where(figures, versions=False)
+    facts = protocol(figures) | where(figures)
     if "annealed" in figures:
         more = figures["annealed"]
         facts[f"{more['name']} by annealing, {more['num_data']} test data"] = (
@@ -260,8 +262,8 @@ def comparison(figures: dict[str, Any]) -> Section:
             "datum's own gains"
         )
     facts |= {f"{name}, left out": why for name, why in figures.get("diverged", {}).items()}
-    for who, value in figures.get("as_reported", {}).items():
-        facts[f"as reported: {who}"] = said("", value)
+    published = figures.get("as_reported", {})
+    facts |= {f"as reported: {who}": said("", of) for who, of in published.items()}
     return markdown(head, lines), facts
 
 
@@ -280,7 +282,7 @@ def foreign(figures: dict[str, Any]) -> Section:
         "protocol: seed": str(figures["seed"]),
         "protocol: time": f"{figures['seconds']:,.0f} s",
     }
-    return markdown(head, lines), facts | where(figures, versions=False)
+    return markdown(head, lines), facts | where(figures)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -294,24 +296,21 @@ def protocol(figures: dict[str, Any]) -> dict[str, str]:
     return {f"protocol: {key}": said(key, of) for key, of in figures["protocol"].items()}
 
 
-def where(figures: dict[str, Any], *, versions: bool = True) -> dict[str, str]:
+def where(figures: dict[str, Any]) -> dict[str, str]:
     """The machine, and the versions of what decides numbers."""
     facts = {}
-    if "machine" in figures:
-        machine = figures["machine"]
+    if machine := figures.get("machine"):
         cores = f"{machine['cores']} core" + "s" * (machine["cores"] != 1)
         facts["machine"] = f"{machine['processor']}, {cores}, {machine['device']}"
-    if versions and "versions" in figures:
+    if "versions" in figures:
         facts["versions"] = ", ".join(
             f"{of} {number}" for of, number in figures["versions"].items()
         )
     return facts
 
 
-def kind(figures: dict[str, Any]) -> Callable[[dict[str, Any]], Section]:
-    """What a file's figures are, by what only its kind has."""
-    kinds = {"baseline": comparison, "rows": free, "sets": foreign}
-    return next((write for mark, write in kinds.items() if mark in figures), single)
+# What a file's figures are, by what only its kind has.
+KINDS = {"baseline": comparison, "rows": free, "sets": foreign, "title": single}
 
 
 def page(head: str, folder: Path) -> str:
@@ -324,13 +323,16 @@ def page(head: str, folder: Path) -> str:
             files[file]["title"] += f", {different}"
     sections = [head, *overview(list(files.values()))]
     for file, figures in files.items():
-        table, facts = kind(figures)(figures)
+        table, facts = next(of for mark, of in KINDS.items() if mark in figures)(figures)
         path = f"{folder.name}/{file.stem}"
-        drawn = file.with_suffix(".png").is_file()
         sections += [f"## {figures['title']}", "", *table, ""]
-        sections += [f"![{figures['title']}]({path}.png)", ""] if drawn else []
+        if file.with_suffix(".png").is_file():
+            sections += [f"![{figures['title']}]({path}.png)", ""]
         sections += ["| | |", "|---|---|", *(f"| {key} | {of} |" for key, of in facts.items()), ""]
-        sections += [f"Figures: [{path}.json]({path}.json)", ""]
+        made = [s.stem for s in Path(__file__).parent.glob("*.py") if file.stem.startswith(s.stem)]
+        script = f"experiments/{max(made, key=len, default='')}.py"
+        by = f", by [{script}](../{script})" if made else ""
+        sections += [f"Figures: [{path}.json]({path}.json){by}", ""]
     return "\n".join(sections)
 
 
@@ -338,11 +340,9 @@ def main() -> None:
     """Write the pages."""
     docs = Path(__file__).parents[1] / "docs"
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
-    for name, text in (
-        ("results.md", page(RESULTS, docs / "results")),
-        ("evidence-results.md", page(EVIDENCE, docs / "evidence")),
-    ):
-        (docs / name).write_text(text)
+    pages = {"results.md": (RESULTS, "results"), "evidence-results.md": (EVIDENCE, "evidence")}
+    for name, (head, folder) in pages.items():
+        (docs / name).write_text(page(head, docs / folder))
         print(docs / name)
 
 

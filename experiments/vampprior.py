@@ -60,19 +60,16 @@ class Sizes(NamedTuple):
     num_components: int = 500
 
 
-def vampprior(encoder: pv.Conditional, data: pv.Split, sizes: Sizes) -> nn.Module:
-    """The encoder at pseudo-inputs, which start at the first of the training data."""
-    highest = 1.0 if data.num_levels is None else data.num_levels - 1.0
-    return pv.priors.VampPrior(encoder, data.train[: sizes.num_components], low=0.0, high=highest)
-
-
 START = (0.0, pv.families.inverse_softplus(1.0))  # of locations and of scales, before softplus
 PRIORS: dict[str, Callable[[pv.Conditional, pv.Split, Sizes], nn.Module]] = {
     "N(0, I)": lambda encoder, data, sizes: pv.priors.StandardNormal(sizes.latent_dim),
     "mixture": lambda encoder, data, sizes: pv.priors.Mixture(
         pv.families.normal, sizes.num_components, (2, sizes.latent_dim), start=START
     ),
-    "VampPrior": vampprior,
+    # Pseudo-inputs start at the first of the training data.
+    "VampPrior": lambda encoder, data, sizes: pv.priors.VampPrior(
+        encoder, data.train[: sizes.num_components], low=0.0, high=(data.num_levels or 2) - 1.0
+    ),
 }
 
 
@@ -174,7 +171,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
         pv.load(args.start / folder, model=model, guide=guide)
     shared: Any = {"model": model, "guide": guide, "data": data}
     shared |= {"seed": variant.seed, "device": args.device}
-    facts = {"of_epochs": args.epochs, **variant._asdict()}
+    facts = {"of_epochs": args.epochs, **variant._asdict(), **args.before.get(variant.name, {})}
     try:
         history = pv.fit(
             loss=pv.ImportanceWeighted(args.draws) if args.draws > 1 else None,
@@ -197,10 +194,10 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
         return {"diverged": True, "finished": True, "epochs": epochs, **facts}
     pv.evaluate_run(out, num_particles=args.num_particles, budget=args.anneal, **shared)
     judged, part = json.loads((out / "evidence.json").read_text()), data.train[::50]
-    kept = (*KEPT, "bits_per_dim", *("weighted", "num_annealed") * (args.anneal > 0))
+    weighting = ("weighted", "weighted_error", "num_annealed") * (args.anneal > 0)
     reported = REPORTED.get((data.name, variant.layers), {})
     return {
-        **{key: judged[key] for key in kept if key in judged},
+        **{key: judged[key] for key in (*KEPT, "bits_per_dim", *weighting) if key in judged},
         **({"as_reported": reported[variant.prior]} if variant.prior in reported else {}),
         "train_elbo": pv.log_evidence(model, guide, part, num_particles=10).elbo.mean().item(),
         "best_epoch": history.best_epoch,
@@ -225,8 +222,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     if any(row.get("num_annealed") for row in rows):
         found = [figure_of(row, weighted=False) for row in rows]
         axes.plot(found, at, "C0+", ms=9, label="pyro_vae, annealed")
-    told = [row.get("as_reported", math.nan) for row in rows]
-    axes.plot(told, at, "C1x", label="as reported")
+    axes.plot([row.get("as_reported", math.nan) for row in rows], at, "C1x", label="as reported")
     bits = any("bits_per_dim" in row for row in rows)
     axes.set(xlabel="bits per dimension" if bits else "log p(x), nats per image")
     axes.set(yticks=at, yticklabels=[row["name"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
@@ -247,17 +243,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def beginning(folder: Path, variants: list[Variant]) -> str:
-    """How the runs were trained that these begin at; they must have come to their end."""
+def beginning(folder: Path, variants: list[Variant]) -> tuple[str, dict[str, Any]]:
+    """How the runs were trained that these begin at, and how long; each has come to its end."""
     if not (path := folder / "results.json").is_file():
         raise ValueError(f"--start: expected a folder that this script has filled, no {path} found")
     found = json.loads(path.read_text())
-    ended = {row["name"] for row in found["rows"] if row.get("finished") and "elbo" in row}
+    ended = {row["name"]: row for row in found["rows"] if row.get("finished") and "elbo" in row}
     if left := [variant.name for variant in variants if variant.name not in ended]:
         raise ValueError(f"--start: {'; '.join(left)} not at an end in {folder}")
     done = found["protocol"]
-    first = f"{done['start']}; then " if "start" in done else ""
-    return f"{first}{done['training']}, {done['epochs at most']} epochs"
+    before: dict[str, Any] = {name: {"before": {}} for name in ended}
+    for name, key in product(ended, ("epochs", "train_seconds")):
+        before[name]["before"][key] = ended[name].get("before", {}).get(key, 0) + ended[name][key]
+    said = done.get("start"), f"{done['training']}, {done['epochs at most']} epochs"
+    return "; then ".join(filter(None, said)), before
 
 
 def main() -> None:
@@ -294,6 +293,8 @@ def main() -> None:
     if not (good and args.draws > 0 <= (args.ema_decay or 0.0) < 1 < args.num_particles):
         parser.error("expected --num-particles from 2, --anneal and decays >= 0, others above 0")
     data = pv.load_data(args.data, root=args.root)
+    every = [Variant(*which) for which in product(args.layers, args.priors, args.seeds)]
+    start, args.before = beginning(args.start, every) if args.start else ("", {})
     if args.smoke:
         parts = {part: getattr(data, part)[:200] for part in ("train", "valid", "test")}
         data = dataclasses.replace(data, source=None, labels=None, **parts)
@@ -307,7 +308,6 @@ def main() -> None:
     rates += ", networks in bfloat16" * args.bfloat16
     bound = f"importance weighted bound of {args.draws} draws"
     kept = "parameters" if args.ema_decay is None else f"averages (decay {args.ema_decay} a step)"
-    every = [Variant(*which) for which in product(args.layers, args.priors, args.seeds)]
     warm = f"KL weight warmed up over {args.warmup} epochs, " * (args.warmup > 1)
     results = pv.Results(
         args.out / "results.json",
@@ -324,7 +324,7 @@ def main() -> None:
             + ("" if ours else f"until {args.patience} epochs bring no better validation bound, ")
             + f"{kept} of the best",
             "epochs at most": args.epochs,
-            **({"start": beginning(args.start, every)} if args.start else {}),
+            **({"start": start} if start else {}),
             "evaluation": f"{args.num_particles} importance weights from the guide, whole test set",
             "annealing budget": args.anneal,
         },

@@ -168,6 +168,17 @@ def test_figures_of_more_epochs_are_not_replaced(folder, there, published):
     assert ("not published" in told.stdout) != published
 
 
+def test_what_has_not_ended_replaces_nothing_of_another_protocol_that_has(folder):
+    (folder / "docs" / "results").mkdir()
+    there = folder / "docs" / "results" / "full_vb_digits.json"
+    there.write_text(written([{"name": "theirs", "epochs": 1, "of_epochs": 1}], "5"))
+    only = ["--only", "full_vb_digits", "--publish"]
+    for times, name in enumerate(("theirs", "one"), start=1):  # two epochs, one a call
+        told = call(folder, *only)
+        assert json.loads(there.read_text())["rows"][0]["name"] == name
+        assert ("has come to its end, and this has not" in told.stdout) == (times == 1)
+
+
 @pytest.mark.parametrize(
     ("rows", "fact", "finished"),
     [

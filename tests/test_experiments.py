@@ -28,6 +28,8 @@ COMPARING = {"guides", "likelihoods", "priors"}
 COMPARISONS = [path for path in SCRIPTS if path.stem in COMPARING]
 EXPERIMENTS = [path for path in SCRIPTS if path.stem in SINGLE]
 
+READING = [path for path in SCRIPTS if '"--root"' in path.read_text() and path.stem != "everything"]
+
 
 def names(scripts: list[Path]) -> list[str]:
     return [path.stem for path in scripts]
@@ -59,6 +61,25 @@ def test_a_script_says_what_it_is_and_how_it_is_called(script, monkeypatch, caps
         run(script, monkeypatch, "--help")
     assert stop.value.code == 0
     assert f"python experiments/{script.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", READING, ids=names(READING))
+def test_a_data_set_that_is_missing_is_said_without_a_traceback(script, monkeypatch, tmp_path):
+    args = ["--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    if script.stem not in NEEDS_DATA:
+        bits = '"binarized_mnist"' in script.read_text()
+        args += ["--data", "binarized_mnist" if bits else "mnist"]
+    with pytest.raises(SystemExit, match=rf"^{script.name}: .*{tmp_path / 'nowhere'}"):
+        run(script, monkeypatch, *args)
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS, ids=names(EXPERIMENTS))
+def test_a_folder_that_is_none_is_said_in_a_line(script, monkeypatch, tmp_path):
+    if script.stem in NEEDS_DATA:
+        pytest.skip("its data come first")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=rf"^{script.name}: .*{tmp_path / 'file'}"):
+        run(script, monkeypatch, "--smoke", "--out", str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("script", EXPERIMENTS, ids=names(EXPERIMENTS))

@@ -22,7 +22,7 @@ def test_no_figure_is_typed_by_hand():
 
 def test_every_result_states_its_protocol():
     files = list(RESULTS.glob("*.json"))
-    assert {"static_binarized_mnist", "digits"} <= {file.stem for file in files}
+    assert {"binarized_mnist", "digits"} <= {file.stem for file in files}
     keys = {"log_evidence", "mean_standard_error", "sampling_error", "num_particles", "num_test"}
     keys |= {"train_seconds", "epochs", "seed", "protocol", "machine", "versions"}
     of_rows = {"name", "elbo", "log_evidence", "difference", "difference_error", "train_seconds"}
@@ -80,9 +80,10 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
     weighted = {"log_evidence": -80.0, "weighted": -100.0, "bits_per_dim": 4.0}
     rows = [
         {"name": "one", **ours, "as_reported": -88.5, "of_epochs": 2000},
+        {"name": "chain", **ours, "as_reported": -88.5, "of_epochs": 20, "before": {"epochs": 300}},
         {"name": "two", **ours},  # nothing to compare it with
         {"name": "none", "log_evidence": None, "as_reported": -88.5, "diverged": True},
-        {"name": "of levels", **ours, **weighted, "as_reported": 5.25},
+        {"name": "of levels", **ours, **weighted, "as_reported": 5.25, "weighted_error": 0.5},
         {"name": "IAF", **ours},
     ]
     swaps = {"title": "b_c (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "IAF 2": -1.0}}
@@ -92,9 +93,10 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
     lines = TABLES["overview"]([swaps, spoken, alone])
     assert lines[4:-1] == [
         "| [b_c (D)](#b_c-d) | one | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 2,000 |",
-        "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** |  | +0.25 | 10 of 10 |",
-        "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 of 10 |",
-        "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 of 10 |",
+        "| [b_c (D)](#b_c-d) | chain | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 20 after 300 |",
+        "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** | 0.0250 | +0.25 | 10 |",
+        "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 |",
+        "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 |",
     ]
 
 
@@ -131,9 +133,13 @@ def test_what_was_published_stands_beside_ours():
 def test_epochs_figures_with_errors_and_parts_are_cells():
     row = {"name": "one", "epochs": 25, "of_epochs": 3280, "bits_per_dim": 4.5}
     row |= {"gain": {"value": 1.5, "standard_error": 0.0123}, "full": {"bound": -3.0, "of": True}}
-    table, _ = free([row])
+    table, facts = free([row])
+    assert "finished" not in facts
     assert table[0] == "|  | epochs | bits per dimension | gain | full bound | full of |"
     assert table[2] == "| one | 25 of 3,280 | 4.5000 | 1.50 +- 0.0123 | -3.00 | yes |"
+    table, facts = free([{**row, "finished": True}], finished=False)
+    assert table[2].startswith("| one | 25 of at most 3,280 |")  # it stopped by itself
+    assert facts["finished"].startswith("no: the budget ended")
 
 
 def test_facts_and_other_machines_stand_below():
@@ -148,6 +154,7 @@ def test_facts_and_other_machines_stand_below():
     rows = [{"name": name, "value": 1, "machine": other} for name in ("one", "two", "three")]
     _, facts = free(rows)
     assert facts["machine of each row"] == "Q, 9 cores, cuda"
+    assert "machine" not in facts  # of the file, which made none of them
     del rows[0]["machine"]
     _, facts = free(rows)
     assert facts["machine of two; three"] == "Q, 9 cores, cuda"
@@ -158,7 +165,7 @@ def test_a_bound_that_is_still_far_out_says_why():
         {"name": m, "method": m, "test_bound": {"value": -2e6}} for m in ("AEVB", "wake-sleep")
     ]
     _, facts = free(of_both)
-    assert "log-variances far out" in facts["bound of wake-sleep"]
+    assert "log-variances ran far off" in facts["bound of wake-sleep"]
     assert "bound of AEVB" not in facts
     for other in (-140.0, None):  # null is what JSON has for NaN
         _, facts = free([{**of_both[1], "test_bound": {"value": other}}])
@@ -169,7 +176,8 @@ def test_a_bound_that_is_still_far_out_says_why():
     ("figures", "why"),
     [
         ({}, "1.50 nats worse than reported; the validation bound still rose in the last of 100 "),
-        ({"best_epoch": 60}, "epoch 60 of 100 was best"),
+        ({"best_epoch": 60}, "epoch 60 of 100 was best, by the bound of the validation data, and "),
+        ({"best_epoch": 60}, "what came after overfitted"),
         ({"of_epochs": 300}, "stopped by its budget after 100 of 300 epochs"),
         ({"of_epochs": 300, "finished": True, "best_epoch": 50}, "epoch 50 of 100 was best"),
         ({"weighted": -91.0}, "2.50 nats worse"),
@@ -206,9 +214,11 @@ def test_a_page_has_a_picture_where_there_is_one(drawn, tmp_path):
     folder.mkdir()
     figures = {"title": "T", "protocol": {"data": "d"}, "rows": [{"name": "one", "a": 1}]}
     (folder / "it.json").write_text(json.dumps(figures))
+    (folder / "digits_again.json").write_text(json.dumps({**figures, "title": "U"}))
     if drawn:
         (folder / "it.png").touch()
     page = TABLES["page"]("# Head\n", folder)
-    assert page.startswith("# Head\n\n## T\n\n|  | a |\n|---|---|\n| one | 1 |\n\n")
+    assert page.startswith("# Head\n\n## U\n\n|  | a |\n|---|---|\n| one | 1 |\n\n")
+    assert "again.json), by [experiments/digits.py](../experiments/digits.py)\n" in page
     assert ("![T](results/it.png)" in page) == drawn
     assert page.endswith("| protocol: data | d |\n\nFigures: [results/it.json](results/it.json)\n")

@@ -210,7 +210,7 @@ def test_more_draws_go_on_where_other_runs_have_ended(monkeypatch, tmp_path):
 
     monkeypatch.setattr("pyro_vae.fit", watched)
     alike = ["--layers", "2", "--recipe", "ours", "--ema-decay", "0.9", "--priors"]
-    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    first, second, third = all_three = [str(tmp_path / n) for n in ("first", "second", "third")]
     run(monkeypatch, *alike, "VampPrior", "--out", first)
     more = [*alike, "VampPrior", "--draws", "3", "--start", first, "--out", second]
     run(monkeypatch, *more, "--learning-rate", "1e-4")
@@ -228,6 +228,10 @@ def test_more_draws_go_on_where_other_runs_have_ended(monkeypatch, tmp_path):
     assert chain == f"{protocol['start']}; then {protocol['training']}, 2 epochs"
     assert chain.startswith("Monte Carlo ELBO, one particle")
     assert " of the best, 2 epochs; then " in chain
+    rows = [json.loads((Path(out) / "results.json").read_text())["rows"][0] for out in all_three]
+    assert "before" not in rows[0]
+    assert [row["before"]["epochs"] for row in rows[1:]] == [2, 4]
+    assert rows[2]["before"]["train_seconds"] == sum(row["train_seconds"] for row in rows[:2])
 
     with pytest.raises(SystemExit, match=r"another protocol: training is .*of 3 draws"):
         run(monkeypatch, *more, "--draws", "4")
