@@ -17,7 +17,8 @@ Measured figures with their protocols. This page is written by `experiments/tabl
 files in `docs/results/`, which the experiments leave as `results.json` in their run directories.
 
 "Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
-standard error of the mean as an estimate for new data. Figures of others are as they reported them.
+standard error of the mean as an estimate for new data (a second "+-" in a cell). Figures of others
+are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
 together; "bias" is about how far log p(x) is too low, and "untrusted" the part of the data whose
 weights are too uneven for either (Pareto k above 0.7). "7 of 7 after 320" epochs: 320 of another
@@ -192,9 +193,8 @@ def cells(figures: dict[str, Any]) -> dict[str, str]:
         if key in ELSEWHERE or isinstance(value, list):
             continue
         if isinstance(value, dict) and "value" in value:
-            error = value.get("standard_error", value.get("error"))
-            found[key] = said(key, value["value"])
-            found[key] += "" if error is None else f" +- {said(key, error)}"
+            parts = map(value.get, ("value", "standard_error", "error", "sampling_error"))
+            found[key] = " +- ".join(said(key, part) for part in parts if part is not None)
         elif isinstance(value, dict):
             found |= cells({f"{key} {inner}": of for inner, of in value.items()})
         elif key in ("of", "of_epochs") and "epochs" in found:

@@ -79,13 +79,15 @@ def test_epochs_are_judged_evenly_on_a_logarithmic_axis(tmp_path, monkeypatch, m
     monkeypatch.setitem(
         NAMES["Judge"].__call__.__globals__,
         "judged",
-        lambda *_: {"": {"value": 0.0}, " annealed": {"value": 0.0}},
+        lambda *_: {"": {"value": -9.0}, " annealed": {"value": found.pop()}},
     )
+    found = [-2.0, -2.0, -1.0, -1.0, -3.0, -3.0]  # of training and test data, the first last
     for epoch in range(1, 101):
         if method == "AEVB" or epoch % 5 == 0:
             judge(torch.nn.Linear(1, 1), None, epoch, 0.0)
     assert [row["epochs"] for row in results.rows] == expected
-    assert [row.get("of_epochs") for row in results.rows] == [None, None, 100]
+    assert [row["of_epochs"] for row in results.rows] == [100] * 3
+    assert [row["highest_test"] for row in results.rows] == [-3.0, -1.0, -1.0]
     assert judge.ended()
     args.points = 4
     with pytest.raises(ValueError, match=r"--points: .*r\.json has fewer"):
@@ -103,6 +105,7 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
             ours, annealed = row[part], row[f"{part} annealed"]
             error = ours["standard_error"] + annealed["standard_error"]
             assert abs(ours["value"] - annealed["value"]) < 6 * error + 0.5
+            assert annealed["sampling_error"] > 0
     assert "as_reported" in figures
     assert (out / "aevb_marginal.png").stat().st_size > 1000
     assert "nats per datum" in capsys.readouterr().out

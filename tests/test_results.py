@@ -132,11 +132,12 @@ def test_what_was_published_stands_beside_ours():
 
 def test_epochs_figures_with_errors_and_parts_are_cells():
     row = {"name": "one", "epochs": 25, "of_epochs": 3280, "bits_per_dim": 4.5}
-    row |= {"gain": {"value": 1.5, "standard_error": 0.0123}, "full": {"bound": -3.0, "of": True}}
+    row |= {"gain": {"value": 1.5, "standard_error": 0.0123, "sampling_error": 2.0}}
+    row |= {"full": {"bound": -3.0, "of": True}}
     table, facts = free([row])
     assert "finished" not in facts
     assert table[0] == "|  | epochs | bits per dimension | gain | full bound | full of |"
-    assert table[2] == "| one | 25 of 3,280 | 4.5000 | 1.50 +- 0.0123 | -3.00 | yes |"
+    assert table[2] == "| one | 25 of 3,280 | 4.5000 | 1.50 +- 0.0123 +- 2.00 | -3.00 | yes |"
     table, facts = free([{**row, "finished": True}], finished=False)
     assert table[2].startswith("| one | 25 of at most 3,280 |")  # it stopped by itself
     assert facts["finished"].startswith("no: the budget ended")
