@@ -233,16 +233,15 @@ def comparison(figures: dict[str, Any]) -> Section:
     for row in rows:
         cells = [row["name"], f"{row['elbo']:.2f}", f"{row['log_evidence']:.2f}"]
         cells += [f"{row['mean_standard_error']:.3f}", f"{row['bias']:.3f}"]
-        paired = ["", "", ""]
+        cells += [f"{row['untrusted']:.0%}" if "untrusted" in row else "", *[""] * 3]
         if row["difference"] is not None:
-            paired = [f"**{row['difference']:+.2f}**", f"{row['difference_error']:.3f}"]
-            paired.append(f"{row['share']:.0%}")
-        bits = [f"{row['bits_per_dim']:.4f}"] if with_bits else []
-        total = row.get("of_epochs", row["epochs"])
-        of = f" of {total}" if total > row["epochs"] else ""
-        lines.append([*cells, *paired, *bits, f"{row['epochs']}{of}"])
-    head = ["", "ELBO", "log p(x)", "+- estimator", "bias", f"to {rows[0]['name']}", "+- paired"]
-    head += ["better on", *(["bits per dimension"] if with_bits else []), "epochs"]
+            paired = f"**{row['difference']:+.2f}**", f"{row['difference_error']:.3f}"
+            cells[-3:] = [*paired, f"{row['share']:.0%}"]
+        cells += [f"{row['bits_per_dim']:.4f}"] if with_bits else []
+        of = f" of {row.get('of_epochs')}" * (row.get("of_epochs", 0) > row["epochs"])
+        lines.append([*cells, f"{row['epochs']}{of}", said("seconds", row["train_seconds"])])
+    head = ["", "ELBO", "log p(x)", "+- estimator", "bias", "untrusted", f"to {rows[0]['name']}"]
+    head += ["+- paired", "better on", *["bits per dimension"] * with_bits, "epochs", "train s"]
     facts = protocol(figures) | where(figures)
     if "annealed" in figures:
         more = figures["annealed"]

@@ -223,3 +223,20 @@ def test_a_page_has_a_picture_where_there_is_one(drawn, tmp_path):
     assert "again.json), by [experiments/digits.py](../experiments/digits.py)\n" in page
     assert ("![T](results/it.png)" in page) == drawn
     assert page.endswith("| protocol: data | d |\n\nFigures: [results/it.json](results/it.json)\n")
+
+
+def test_swaps_are_compared_to_the_first():
+    row = {"elbo": -92.0, "mean_standard_error": 0.0125, "bias": -0.25, "train_seconds": 1234.5}
+    row |= {"bits_per_dim": None, "difference": None, "epochs": 100}
+    paired = {"difference": 1.5, "difference_error": 0.25, "share": 0.75, "untrusted": 0.5}
+    first = {"name": "one", "log_evidence": -90.0, **row}
+    second = {**row, "name": "two", "log_evidence": -88.5, **paired, "of_epochs": 300}
+    figures = {"title": "T", "protocol": {"data": "d"}, "rows": [first, second]}
+    table, facts = TABLES["comparison"]({**figures, "as_reported": {"two (x)": -89.0}})
+    assert table[0].split(" | ")[5:8] == ["untrusted", "to one", "+- paired"]
+    assert table[2:] == [
+        "| one | -92.00 | -90.00 | 0.013 | -0.250 |  |  |  |  | 100 | 1,234 |",
+        "| two | -92.00 | -88.50 | 0.013 | -0.250 | 50% | **+1.50** | 0.250 | 75% | 100 of 300 | "
+        "1,234 |",
+    ]
+    assert facts == {"protocol: data": "d", "as reported: two (x)": "-89.00"}
