@@ -100,6 +100,9 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
         assert ("variance_gain" in row) == (row["method"] == "AEVB")
     assert "as_reported" in figures
     assert list(figures["without_latents"]) == ["grey_digits"]
+    for row in figures["rows"]:
+        above = row["test_bound"]["value"] - figures["without_latents"]["grey_digits"]
+        assert figures["above_no_latents"][row["name"]] == pytest.approx(above)
     assert (out / "aevb_bound.png").stat().st_size > 1000
     assert "test nats per datum, 2 of 2 epochs" in capsys.readouterr().out
     before = (out / "results.json").read_text()
