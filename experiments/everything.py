@@ -4,8 +4,8 @@ Each is a script of this folder, run by itself in a folder of its own below --ou
 the time that is left; what one doesn't need goes to those after it. Called again, all go on where
 they stopped, and those that came to their end are left alone. One that fails stops no other: it is
 said at the end, with the last lines of its log. With --publish, the figures and pictures of those
-that ended well are copied to docs/results, unless more epochs or the full protocol stand there, and
-tables.py makes the page of results of them.
+that ended well are copied to docs/results, unless more epochs stand there, the full protocol, or
+trainings of another that have ended while these have not; tables.py makes the page of results.
 
     python experiments/everything.py --smoke --out runs/smoke
     python experiments/everything.py --root FOLDER --device cuda --budget 120 --publish

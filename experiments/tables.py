@@ -21,9 +21,9 @@ standard error of the mean as an estimate for new data (a second "+-" in a cell)
 are as they reported them.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
 together; "bias" is about how far log p(x) is too low, and "untrusted" the part of the data whose
-weights are too uneven for either (Pareto k above 0.7). "7 of 7 after 320" epochs: 320 of another
-bound came before. "Above wake sleep" is at equal numbers of samples, which may be fewer than those
-of the row. Nats are per datum. The seed is 0 where a row names no other.
+weights are too uneven to trust either ([evidence.md](evidence.md) says when). "7 of 7 after 320"
+epochs: 320 of another bound came before. "Above wake sleep" is at equal numbers of samples, which
+may be fewer than those of the row. Nats are per datum. The seed is 0 where a row names no other.
 """
 
 EVIDENCE = """# What the estimators of evidence say
@@ -110,7 +110,10 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
     found = {}
     for part in (key for key in row if f"{key} annealed" in row):
         if (more := row[f"{part} annealed"]["value"] - row[part]["value"]) > 1:
-            found[f"{part} figure"] = f"annealing finds {more:.1f} nats more: chains were stuck"
+            found[f"{part} figure"] = (
+                f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
+                "come to the posterior from where they began"
+            )
     bound = row.get("test_bound") or {}
     if row.get("method") == "wake-sleep" and (bound.get("value") or 0.0) < -1e4:
         found["bound"] = "only dreams train the guide: on data its log-variances ran far off"
@@ -164,23 +167,13 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
             told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
             trained = map(cells(row).get, ("epochs", "before epochs"))
             epochs = " after ".join(filter(None, trained))
-            title = figures["title"]
-            link = re.sub(r"[^\w-]", "", title.lower().replace(" ", "-"))
+            link = re.sub(r"[^\w-]", "", figures["title"].lower().replace(" ", "-"))
+            named = [f"[{figures['title']}](#{link})", name]
             # The error of an annealed figure is not that of the one by weighting.
             error = row.get("weighted_error" if row.get("weighted") else "mean_standard_error")
             scale = abs(row["bits_per_dim"] / row["log_evidence"]) if unit else 1.0
             errors = "" if error is None else f"{error * scale:.4f}"
-            lines.append(
-                [
-                    f"[{title}](#{link})",
-                    name,
-                    told,
-                    f"**{ours}**",
-                    errors,
-                    f"{beside[2]:+.2f}",
-                    epochs,
-                ]
-            )
+            lines.append([*named, told, f"**{ours}**", errors, f"{beside[2]:+.2f}", epochs])
     head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "better by"]
     head.append("epochs")
     return ["## Beside what was published", "", *markdown(head, lines), ""] if lines else []
@@ -198,8 +191,8 @@ def cells(figures: dict[str, Any]) -> dict[str, str]:
         elif isinstance(value, dict):
             found |= cells({f"{key} {inner}": of for inner, of in value.items()})
         elif key in ("of", "of_epochs") and "epochs" in found:
-            least = "at most " * (bool(figures.get("finished")) and figures["epochs"] < value)
-            found["epochs"] += f" of {least}{said(key, value)}"
+            stopped = figures.get("finished") is True and figures["epochs"] < value
+            found["epochs"] += f" of {'at most ' * stopped}{said(key, value)}"
         else:
             found[key] = said(key, value)
     return found
