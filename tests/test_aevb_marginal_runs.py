@@ -35,7 +35,7 @@ def test_chains_of_em_begin_at_the_posterior(monkeypatch):
 
     def estimator(*pair: Any, **_: Any) -> Any:
         given.append(pair)
-        return SimpleNamespace(mean=0.0, mean_standard_error=0.0)
+        return SimpleNamespace(mean=0.0, mean_standard_error=0.0, sampling_error=0.0)
 
     monkeypatch.setattr(pv, "reciprocal_evidence", estimator)
     monkeypatch.setattr(pv, "ais", estimator)
