@@ -65,6 +65,15 @@ def test_bound_plots_the_records_against_epochs_and_time():
     np.testing.assert_array_equal(y_of(rate, "rate"), [1, 2, 3])
 
 
+def test_a_bound_of_averaged_parameters_is_called_so():
+    records = [record(e, valid_elbo=-300.0 + e) for e in (1, 2)]
+    epochs, time = plots.bound(records, averaged=True).axes
+    for axes in (epochs, time):
+        np.testing.assert_array_equal(
+            y_of(axes, "validation of the averaged parameters"), [-299, -298]
+        )
+
+
 def test_bound_marks_the_best_validation_epoch_whatever_else_is_missing():
     valid = [NAN, -90.0, None, -80.25, -85.0]
     records = [record(e + 1, valid_elbo=v) for e, v in enumerate(valid)] + [record(6)]

@@ -3,9 +3,12 @@
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
+from fit_pairs import fit, param_pair
+from helpers import bits
 
 from pyro_vae.runs import plots
 from pyro_vae.runs.report import write_report
@@ -239,3 +242,17 @@ def test_it_is_rewritten_alike_and_leaves_nothing_behind(tmp_path):
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
     assert {path.name for path in run.iterdir()} == before | {"report.html"}
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_the_bound_of_a_run_is_drawn_as_what_it_is(decay, tmp_path, monkeypatch):
+    said = []
+    bound = plots.bound
+
+    def watched(records: Any, **options: Any) -> Any:
+        said.append(options)
+        return bound(records, **options)
+
+    monkeypatch.setattr(plots, "bound", watched)
+    fit(*param_pair(), bits(60), epochs=1, ema_decay=decay, out=tmp_path)
+    assert said == [{"averaged": decay is not None}]

@@ -42,7 +42,8 @@ def draw_run(run: Run, model: Program | None, guide: Program | None) -> Path:
     """
     records, _ = run.read_metrics()
     if records:
-        save(plots.bound(records), run.path / "bound.png")
+        averaged = run.config["options"].get("ema_decay") is not None
+        save(plots.bound(records, averaged=averaged), run.path / "bound.png")
     if model is not None and guide is not None:
         examples = run.read_arrays("examples.npz")
         args = tuple(

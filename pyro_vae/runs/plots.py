@@ -46,7 +46,7 @@ _CLASSES += ["#882255", "#44aa99", "#999933", "#aa4499", "#777777"]
 
 
 @styled
-def bound(records: Sequence[Mapping[str, Any]]) -> Figure:
+def bound(records: Sequence[Mapping[str, Any]], *, averaged: bool = False) -> Figure:
     """The ELBO against epochs and against time, and the rate where it is known.
 
     The axis may leave out the lowest of the first epochs, which would squash all the others.
@@ -54,6 +54,7 @@ def bound(records: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         records: One mapping an epoch: "epoch" (from 1), "seconds" (of training so far), "elbo",
             "valid_elbo" and "rate" (nats per datum; missing, None and NaN are left out).
+        averaged: The validation bound is that of averages of the parameters, and is called so.
 
     Returns:
         A figure of two panels, or of three with the rate.
@@ -87,9 +88,10 @@ def bound(records: Sequence[Mapping[str, Any]]) -> Figure:
     left = panel(figure, grid[0], xlabel="epoch", ylabel="ELBO (nats per datum)")
     right = panel(figure, grid[1], left, xlabel=f"training time ({unit})")
     right.tick_params(labelleft=False)
+    validated = "validation" + " of the averaged parameters" * averaged
     for axes, x in ((left, epochs), (right, seconds / length)):
         _curve(axes, x, training, BLUE, "training")
-        _curve(axes, x, validation, ORANGE, "validation")
+        _curve(axes, x, validation, ORANGE, validated)
         if has_best:
             ring: dict[str, Any] = {"marker": "o", "markersize": 9, "markerfacecolor": "none"}
             ring |= {"linestyle": "none", "color": INK, "label": "best validation"}
