@@ -38,6 +38,7 @@ HEADS = {
     "sampling_error": "+- test set",
     "elbo": "ELBO",
     "bits_per_dim": "bits per dimension",
+    "bits_per_dim_weighted": "bits per dimension, weighted",
 }
 
 ELSEWHERE = {"title", "protocol", "machine", "versions", "rows", "as_reported"}
@@ -82,6 +83,8 @@ def free(figures: dict[str, Any]) -> Section:
     for row in figures["rows"]:
         beside = row.get("as_reported", published.pop(row["name"], None))
         more = {key: of[row["name"]] for key, of in columns.items() if row["name"] in of}
+        if row.get("weighted") and row.get("bits_per_dim"):
+            more["bits_per_dim_weighted"] = by_weighting(row)
         untold = {key: of for key, of in cells(row | more).items() if key not in TOLD}
         rows.append({**untold, "as_reported": said("as_reported", beside)})
     rows += [{"name": who, "as_reported": said("", of)} for who, of in published.items()]
@@ -145,11 +148,14 @@ def compared(row: dict[str, Any]) -> tuple[float, float, float] | None:
         published = (min if row.get("bits_per_dim") else max)(published.values())
     if not isinstance(published, float) or value is None:
         return None
-    ours = row.get("weighted") or value
-    if row.get("bits_per_dim"):
-        ours *= row["bits_per_dim"] / value
-        return published, ours, published - ours
-    return published, ours, ours - published
+    ours = by_weighting(row)
+    return published, ours, (published - ours) * (1 if row.get("bits_per_dim") else -1)
+
+
+def by_weighting(row: dict[str, Any]) -> float:
+    """Log p(x) without annealing: nats, or bits per dimension of levels."""
+    value = row.get("weighted") or row["log_evidence"]
+    return value * (row.get("bits_per_dim") or row["log_evidence"]) / row["log_evidence"]
 
 
 def overview(every: list[dict[str, Any]]) -> list[str]:
@@ -173,9 +179,11 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
             error = row.get("weighted_error" if row.get("weighted") else "mean_standard_error")
             scale = abs(row["bits_per_dim"] / row["log_evidence"]) if unit else 1.0
             errors = "" if error is None else f"{error * scale:.4f}"
-            lines.append([*named, told, f"**{ours}**", errors, f"{beside[2]:+.2f}", epochs])
-    head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "better by"]
-    head.append("epochs")
+            doubt = f"{row['untrusted']:.0%}" if "untrusted" in row else ""
+            ahead = f"{beside[2]:+.2f}"
+            lines.append([*named, told, f"**{ours}**", errors, doubt, ahead, epochs])
+    head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "untrusted"]
+    head += ["better by", "epochs"]
     return ["## Beside what was published", "", *markdown(head, lines), ""] if lines else []
 
 

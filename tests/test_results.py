@@ -84,19 +84,19 @@ def test_all_that_has_a_published_figure_stands_in_one_table_first():
         {"name": "two", **ours},  # nothing to compare it with
         {"name": "none", "log_evidence": None, "as_reported": -88.5, "diverged": True},
         {"name": "of levels", **ours, **weighted, "as_reported": 5.25, "weighted_error": 0.5},
-        {"name": "IAF", **ours},
+        {"name": "IAF", **ours, "untrusted": 0.965},
     ]
-    swaps = {"title": "b_c (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "IAF 2": -1.0}}
+    swaps = {"title": "_ (D)", "rows": rows, "as_reported": {"IAF (x)": -95.33, "IAF 2": -1.0}}
     alone = {"title": "T", **ours, "as_reported": {"paper": -89.0, "code": -91.0}}
     spoken = {"title": "U", "rows": [{"name": "one"}], "as_reported": {"one": "0 to 1 on the axis"}}
     assert TABLES["overview"]([spoken]) == []
     lines = TABLES["overview"]([swaps, spoken, alone])
     assert lines[4:-1] == [
-        "| [b_c (D)](#b_c-d) | one | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 2,000 |",
-        "| [b_c (D)](#b_c-d) | chain | -88.50 | **-90.00** | 0.0100 | -1.50 | 10 of 20 after 300 |",
-        "| [b_c (D)](#b_c-d) | of levels | 5.2500 bits | **5.0000 bits** | 0.0250 | +0.25 | 10 |",
-        "| [b_c (D)](#b_c-d) | IAF | -95.33 | **-90.00** | 0.0100 | +5.33 | 10 |",
-        "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 | -1.00 | 10 |",
+        "| [_ (D)](#_-d) | one | -88.50 | **-90.00** | 0.0100 |  | -1.50 | 10 of 2,000 |",
+        "| [_ (D)](#_-d) | chain | -88.50 | **-90.00** | 0.0100 |  | -1.50 | 10 of 20 after 300 |",
+        "| [_ (D)](#_-d) | of levels | 5.2500 bits | **5.0000 bits** | 0.0250 |  | +0.25 | 10 |",
+        "| [_ (D)](#_-d) | IAF | -95.33 | **-90.00** | 0.0100 | 96% | +5.33 | 10 |",
+        "| [T](#t) |  | -89.00 | **-90.00** | 0.0100 |  | -1.00 | 10 |",
     ]
 
 
@@ -108,6 +108,14 @@ def test_facts_by_names_of_rows_are_columns():
     assert table[2:] == ["| one | 5 |  |", "| two | 5 | 1.50 +- 0.250 |"]
     assert facts["best three"] == "7"
     assert not any("above" in key or "curves" in key for key in facts)
+
+
+def test_bits_by_weighting_stand_beside_those_of_annealing():
+    row = {"name": "one", "log_evidence": -80.0, "weighted": -100.0, "bits_per_dim": 4.0}
+    table, _ = free([row, {"name": "two", "log_evidence": -80.0, "bits_per_dim": 4.0}])
+    assert table[0].endswith(" | bits per dimension, weighted |")
+    assert table[2].endswith(" | 5.0000 |")
+    assert table[3].endswith(" |  |")
 
 
 def test_experiments_of_one_title_are_told_apart_by_their_files(tmp_path):
