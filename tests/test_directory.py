@@ -30,6 +30,21 @@ def test_an_empty_directory_may_be_used(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_directory_of_a_run_that_was_killed_in_its_first_write_may_be_used(tmp_path):
+    process = os.fork()
+    if process == 0:
+        try:
+            with atomically(tmp_path / "config.json") as file:
+                file.write(b"{")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert Run.create(tmp_path).path == tmp_path
+
+
 def test_a_directory_in_use_is_refused(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(FileExistsError, match=r"^out: .* exists and is not empty; give another"):

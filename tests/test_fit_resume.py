@@ -213,20 +213,20 @@ def test_a_run_that_was_killed_before_its_first_epoch_was_saved_begins_anew(tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     history, reached = start(pieces_case, whole, epochs=2)
 
-    def killed(*args: Any) -> None:
+    def killed(*args: Any, **arrays: Any) -> None:
         raise SystemExit(9)
 
-    for method, lines in (("write_metrics", 0), ("save_checkpoint", 1)):
+    for method, lines in (("write_arrays", 0), ("write_metrics", 0), ("save_checkpoint", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(Run, method, killed)
             with pytest.raises(SystemExit):
-                start(pieces_case, cut, epochs=2, resume=lines > 0)
+                start(pieces_case, cut, epochs=2, resume=method != "write_arrays")
         assert len(Run(cut).read_metrics()[0]) == lines
         assert not (cut / "checkpoint.pt").exists()
     resumed, reached_again = start(pieces_case, cut, seed=1, epochs=2, resume=True)
     assert same(state(whole), state(cut))
-    assert same(reached, reached_again)
-    assert same(history.records, resumed.records)
+    assert same([reached, history.records], [reached_again, resumed.records])
+    assert (cut / "examples.npz").read_bytes() == (whole / "examples.npz").read_bytes()
 
 
 def test_a_run_that_has_lost_its_checkpoint_does_not_begin_anew(tmp_path):

@@ -32,6 +32,7 @@ import torch
 __all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "finite", "machine", "versions"]
 
 CHECKPOINT_FORMAT = 1
+UNFINISHED = ".config.json."  # begins the temporary name of a run's first file
 
 
 class Run:
@@ -55,7 +56,8 @@ class Run:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"out: {run.path} is a file; give a directory.")
-        if run.path.exists() and any(run.path.iterdir()):
+        # What a kill has left of the first file is in nobody's way.
+        if run.path.exists() and not all(p.name.startswith(UNFINISHED) for p in run.path.iterdir()):
             raise FileExistsError(
                 f"out: {run.path} exists and is not empty; give another directory, or go on with "
                 "the run in it by resume=True (--resume on the command line)."

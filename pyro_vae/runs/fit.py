@@ -243,9 +243,10 @@ def fit(
                     state = run.load_checkpoint(target)
                     check_weights(state["records"], weights)
                     loop.load_state_dict(state)
-            else:
-                write_examples(run, data, train, validation)
+            # First of all files: a folder that has it can be gone on with, whenever it was killed.
             run.write_json("config.json", config)
+            if not run.has_begun:
+                write_examples(run, data, train, validation)
         bound = "ELBO" if not isinstance(data, Split) or data.is_density else "score"
         stopped = train_loop(
             loop,
