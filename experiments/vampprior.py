@@ -66,7 +66,6 @@ PRIORS: dict[str, Callable[[pv.Conditional, pv.Split, Sizes], nn.Module]] = {
     "mixture": lambda encoder, data, sizes: pv.priors.Mixture(
         pv.families.normal, sizes.num_components, (2, sizes.latent_dim), start=START
     ),
-    # Pseudo-inputs start at the first of the training data.
     "VampPrior": lambda encoder, data, sizes: pv.priors.VampPrior(
         encoder, data.train[: sizes.num_components], low=0.0, high=(data.num_levels or 2) - 1.0
     ),
@@ -163,11 +162,11 @@ def adam(params: list[Tensor], programs: Any, args: Any) -> torch.optim.Optimize
 def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dict[str, Any]:
     """Train as far as the time goes, and judge: the figures of a row."""
     folder = "-".join(re.findall("[a-z0-9]+", variant.name.lower()))
-    out, begun = args.out / folder, (args.out / folder / "config.json").is_file()
+    out = args.out / folder
     torch.manual_seed(variant.seed)
     autocast = torch.bfloat16 if args.bfloat16 else None
     model, guide = build(variant.layers, PRIORS[variant.prior], data, args.sizes, autocast)
-    if args.start and not begun:
+    if args.start:
         pv.load(args.start / folder, model=model, guide=guide)
     shared: Any = {"model": model, "guide": guide, "data": data}
     shared |= {"seed": variant.seed, "device": args.device}
@@ -184,7 +183,7 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
             patience=args.patience,
             max_seconds=seconds,
             out=out,
-            resume=begun,
+            resume=(out / "config.json").is_file(),
             pictures=False,
             **shared,
         )
@@ -195,10 +194,9 @@ def measured(variant: Variant, data: pv.Split, args: Any, seconds: float) -> dic
     pv.evaluate_run(out, num_particles=args.num_particles, budget=args.anneal, **shared)
     judged, part = json.loads((out / "evidence.json").read_text()), data.train[::50]
     weighting = ("weighted", "weighted_error", "num_annealed") * (args.anneal > 0)
-    reported = REPORTED.get((data.name, variant.layers), {})
     return {
         **{key: judged[key] for key in (*KEPT, "bits_per_dim", *weighting) if key in judged},
-        **({"as_reported": reported[variant.prior]} if variant.prior in reported else {}),
+        "as_reported": REPORTED.get((data.name, variant.layers), {}).get(variant.prior),
         "train_elbo": pv.log_evidence(model, guide, part, num_particles=10).elbo.mean().item(),
         "best_epoch": history.best_epoch,
         "epochs": len(history.records),
@@ -331,13 +329,15 @@ def main() -> None:
         device=args.device,
     )
     left = [v for v in every if v.name not in {r["name"] for r in results.rows if r["finished"]}]
-    end = time.monotonic() + 60 * args.budget  # judging counts too
+    end = time.monotonic() + max(60 * args.budget, 1.0)  # judging counts too
     for done, variant in enumerate(left):
-        print(f"{variant.name}...", flush=True)
         seconds = (end - time.monotonic()) / (len(left) - done)
-        results.put(variant.name, **measured(variant, data, args, max(1.0, seconds)))
+        print(f"{variant.name}{'...' if seconds > 0 else ': no time left; call again'}", flush=True)
+        if seconds > 0:
+            results.put(variant.name, **measured(variant, data, args, seconds))
+    results.note(reported_by="Tomczak and Welling, 5,000 particles")
     # What diverged has no figures, nor has what leaves a datum without any weight.
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in results.rows]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in results.rows]
     rows = [dict.fromkeys(KEPT, math.nan) | row for row in rows]
     picture(rows, args.out / "vampprior.png")
     print(f"{table(rows)}\nfigures: {results.path}; picture: {args.out / 'vampprior.png'}")

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import runpy
+from collections.abc import Callable
 from itertools import accumulate, count, groupby
+from itertools import chain as chained
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from scripts import runner
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.runs.directory import Run
 
 PATH = Path(__file__).parents[1] / "experiments" / "iwae.py"
 SCRIPT = runpy.run_path(str(PATH))
@@ -166,35 +169,53 @@ def test_the_table_is_made_once_and_gone_on_with(whole, monkeypatch, tmp_path, c
     assert "nan +- nan" in capsys.readouterr().out
 
 
-def test_a_budget_cuts_a_training_that_goes_on_at_the_next_call(whole, monkeypatch, tmp_path):
-    # A share is a second at least: this clock says that it is over after every epoch.
-    clock = count(0, 10)
+def a_clock_that_jumps() -> Callable[[], float]:
+    """The first training begins at the time at which the script did; 10 seconds at every look."""
+    clock = chained([0, 0], count(10, 10))
+    return lambda: float(next(clock))
+
+
+def test_a_budget_cuts_a_training_that_goes_on_at_the_next_call(
+    whole, monkeypatch, tmp_path, capsys
+):
     with monkeypatch.context() as patch:
-        patch.setattr("time.monotonic", lambda: float(next(clock)))
+        patch.setattr("time.monotonic", a_clock_that_jumps())
         run(patch, *ONLY, str(tmp_path), "--budget", "1e-6")
-    assert [(row["epochs"], row["finished"]) for row in rows_of(tmp_path)] == [(1, False)] * 2
+    assert [(row["epochs"], row["finished"]) for row in rows_of(tmp_path)] == [(1, False)]
+    assert "2 layers, IWAE, k = 3: no time left; call again" in capsys.readouterr().out
     run(monkeypatch, *ONLY, str(tmp_path))
     assert rows_of(tmp_path) == rows_of(whole)
     assert all(row["finished"] for row in rows_of(tmp_path))
 
 
 def test_more_draws_may_begin_where_the_vae_ends(monkeypatch, tmp_path, capsys):
-    """The VAE is trained though nobody named it, and until it is through, those after it wait."""
+    """The VAE is trained though nobody named it, and until it is through, those after it wait.
+
+    They begin there also where they were killed before their first checkpoint.
+    """
     call = ["--layers", "1", "--objectives", "DReG", "--after-vae", "1", "--out", str(tmp_path)]
     fit, starts = pv.fit, {}
 
     def watched(model: nn.Module, *args: Any, out: Path, **options: Any) -> pv.History:
         starts[out.name] = [p.detach().clone() for p in model.parameters()]
-        return fit(model, *args, out=out, **options)
+        with monkeypatch.context() as patch:
+            if out.name == "1_DReG_3_0" and not out.exists():
+                patch.setattr(Run, "save_checkpoint", killed)
+            return fit(model, *args, out=out, **options)
+
+    def killed(*args: Any) -> None:
+        raise SystemExit(9)
 
     monkeypatch.setattr("pyro_vae.fit", watched)
-    clock = count(0, 10)
     with monkeypatch.context() as patch:
-        patch.setattr("time.monotonic", lambda: float(next(clock)))
+        patch.setattr("time.monotonic", a_clock_that_jumps())
         run(patch, *call, "--budget", "1e-6")
     names = ["1 layer, VAE, k = 1", "1 layer, DReG, k = 1", "1 layer, DReG, k = 3"]
-    assert [row["name"] for row in rows_of(tmp_path)] == names[:2]
+    assert [row["name"] for row in rows_of(tmp_path)] == names[:1]
     assert f"{names[2]}: left out until {names[0]} has come to its end" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *call)
+    assert not (tmp_path / "1_DReG_3_0" / "checkpoint.pt").exists()
     run(monkeypatch, *call)
     assert [(row["name"], row["epochs"]) for row in rows_of(tmp_path)] == list(
         zip(names, (2, 2, 1), strict=True)

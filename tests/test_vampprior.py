@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import pyro_vae as pv
+from pyro_vae.runs.directory import Run
 
 PATH = Path(__file__).parents[1] / "experiments" / "vampprior.py"
 SCRIPT = runpy.run_path(str(PATH))
@@ -213,6 +215,11 @@ def test_more_draws_go_on_where_other_runs_have_ended(monkeypatch, tmp_path):
     first, second, third = all_three = [str(tmp_path / n) for n in ("first", "second", "third")]
     run(monkeypatch, *alike, "VampPrior", "--out", first)
     more = [*alike, "VampPrior", "--draws", "3", "--start", first, "--out", second]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_checkpoint", lambda *args: sys.exit(9))  # killed, nothing kept
+        with pytest.raises(SystemExit):
+            run(patch, *more, "--learning-rate", "1e-4")
+    del begun[2:]
     run(monkeypatch, *more, "--learning-rate", "1e-4")
     run(monkeypatch, *alike, "VampPrior", "--draws", "5", "--start", second, "--out", third)
     (_, _), (_, ended), (loss, started), (_, again), (tighter, last) = begun[:5]
