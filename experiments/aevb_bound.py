@@ -230,7 +230,7 @@ class Training:
                 self.facts["gradient_variance"].setdefault(self.label, {})[str(epoch)] = measured
                 self.results.note(**self.facts)
 
-        # The test data stand in the place of the validation data: nothing is chosen by them.
+        # The test data stand in the place of the validation data, but choose no parameters.
         watched = replace(self.data, valid=self.data.test, labels=None, source=None)
         options: dict[str, Any] = {"batch_size": BATCH, "seed": self.seed, "out": self.run}
         options |= {"resume": (self.run / "config.json").is_file(), "device": args.device}
@@ -250,7 +250,7 @@ class Training:
         else:
             row |= {"train_bound": records[-1]["elbo"], "test_bound": records[-1]["valid_elbo"]}
             row |= {"seconds_per_epoch": records[-1]["seconds"] / len(records)}
-            self.judge(model, guide)
+            self.judge(*pv.load(self.run, model=model, guide=guide, last=True))
 
     def judge(self, model: Any, guide: Any) -> None:
         """Add the errors to the row, and keep it."""

@@ -111,6 +111,26 @@ def test_it_trains_once_and_leaves_figures_and_picture(monkeypatch, tmp_path, ca
     assert json.loads((out / "results.json").read_text()) == json.loads(before)
 
 
+def test_it_judges_the_last_parameters_and_not_those_of_the_best_test_bound(monkeypatch, tmp_path):
+    fit, rows = pv.fit, []
+
+    def spoiling(model: Any, guide: Any, *args: Any, **options: Any) -> pv.History:
+        history = fit(model, guide, *args, **options)
+        with torch.no_grad():  # as if the best had been others
+            for parameter in (*model.parameters(), *guide.parameters()):
+                parameter.zero_()
+        return history
+
+    for number, way in enumerate((fit, spoiling)):
+        monkeypatch.setattr("pyro_vae.fit", way)
+        run(monkeypatch, "--smoke", "--methods", "AEVB", "--out", str(tmp_path / str(number)))
+        found = json.loads((tmp_path / str(number) / "results.json").read_text())["rows"]
+        rows.append(
+            [(row["train_bound"], row["test_bound"], row["variance_gain"]) for row in found]
+        )
+    assert rows[0] == rows[1] != []
+
+
 def test_a_mistake_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"aevb_bound\.py: root: "):
         run(monkeypatch, "--data", "frey_faces", "--root", str(tmp_path))

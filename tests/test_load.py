@@ -98,6 +98,7 @@ def test_the_best_parameters_are_loaded_where_there_is_a_validation_bound(tmp_pa
     loaded = values(pv.load(tmp_path / "run").guide)
     assert equal(loaded, seen[history.best_epoch - 1])
     assert not equal(loaded, seen[-1])
+    assert equal(values(pv.load(tmp_path / "run", last=True).guide), seen[-1])
 
 
 def test_the_last_parameters_are_loaded_where_there_is_none(tmp_path):

@@ -23,7 +23,13 @@ class Pair(NamedTuple):
     guide: Any
 
 
-def load(run: str | Path, *, model: Program | None = None, guide: Program | None = None) -> Pair:
+def load(
+    run: str | Path,
+    *,
+    model: Program | None = None,
+    guide: Program | None = None,
+    last: bool = False,
+) -> Pair:
     """The pair of a run, with the parameters of its best validation bound (else of its last epoch).
 
     Under ``fit(ema_decay=)`` these are averages; without validation data, the last ones.
@@ -35,6 +41,7 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
         run: The run directory.
         model: For a pair that has parts of your own: the model as it was built for the run.
         guide: Its guide, likewise.
+        last: Take those that training has come to, whichever validation bound was the best.
 
     Returns:
         The pair, on the CPU if it was built here.
@@ -71,7 +78,8 @@ def load(run: str | Path, *, model: Program | None = None, guide: Program | None
         assert model is not None
         assert guide is not None
     state = folder.load_checkpoint(device_of(model, guide) or "cpu")
-    saved = (state["best"] or state.get("averages") or state)["parameters"]
+    best = None if last else state["best"]
+    saved = (best or state.get("averages") or state)["parameters"]
     parameters = Parameters(model, guide)
     if saved["params"]:
         # Parameters of pyro.param come into being at the first call: call once.
