@@ -287,8 +287,8 @@ def main() -> None:
             f"over-complete, sparse, denoising: codes of {2 * data.dim}, layers of no less; weight "
             f"{SPARSITY} of |z|, columns of length one in that decoder; noise of scale {NOISE} "
             f"(also for `denoised`), dropout of {DROPOUT}",
-            "training": f"{args.epochs} epochs on levels dequantized once, batch {BATCH}, analytic "
-            f"KL, Adam, cosine schedule from {RATE} ({30 * RATE} for a table of q(z)) to 0",
+            "training": f"{args.epochs} epochs, training data too dequantized once, batch {BATCH}, "
+            f"analytic KL, Adam, cosine schedule from {RATE} ({30 * RATE}: a table of q(z)) to 0",
             "evaluation": f"{len(data.test[: args.num_test])} test images, {args.num_particles} "
             "importance weights, every constant is in; a table of q(z) for them: decoder held, "
             f"analytic KL, {args.steps} steps of Adam on all, cosine schedule from {SOUGHT} to 0",
@@ -313,7 +313,7 @@ def main() -> None:
         try:
             history = pv.fit(*pair, arguments(variant, x), optimizer=adam, **options)
             figures = judged(variant, pair, x, data, args, run)
-            figures["seconds"] = history["seconds"][-1]
+            figures["seconds"], reached["epoch"] = history["seconds"][-1], len(history.records)
         except pv.DivergedError as error:  # the others go on
             print(f"{label}: {error}")
             figures = {"diverged": True, "finished": True}

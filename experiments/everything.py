@@ -4,8 +4,9 @@ Each is a script of this folder, run by itself in a folder of its own below --ou
 the time that is left; what one doesn't need goes to those after it. Called again, all go on where
 they stopped, and those that came to their end are left alone. One that fails stops no other: it is
 said at the end, with the last lines of its log. With --publish, the figures and pictures of those
-that ended well are copied to docs/results, unless more epochs stand there, the full protocol, or
-trainings of another that have ended while these have not; tables.py makes the page of results.
+that ended well are copied to docs/results, unless there stand more epochs of the same protocol, the
+full one where this is reduced, or trainings of another that have ended while these have not;
+tables.py makes the page of results.
 
     python experiments/everything.py --smoke --out runs/smoke
     python experiments/everything.py --root FOLDER --device cuda --budget 120 --publish
@@ -61,18 +62,21 @@ JOBS = {
     "aevb_bound": Job("aevb_bound", 8, "", "--epochs 20"),
     "aevb_marginal_mnist": Job("aevb_marginal", 6, "", "--sizes 1000 --epochs 200 --images 100"),
     "iwae_mnist": Job(
-        "iwae", 8, "--data mnist --recipe ours", f"--epochs 20 --ks 1 5 --layers 1 {FEW}"
+        "iwae",
+        8,
+        "--data mnist --recipe ours --epochs 200 --after-vae 10 --bfloat16",
+        f"--epochs 20 --after-vae 5 --ks 1 5 --layers 1 {FEW}",
     ),
     "iwae_binarized_mnist": Job(
         "iwae",
         8,
-        "--data binarized_mnist --recipe ours",
+        "--data binarized_mnist --recipe ours --epochs 300 --after-vae 50 --bfloat16",
         f"--epochs 40 --after-vae 5 --objectives IWAE --ks 1 50 --layers 1 {FEW}",
     ),
     "vampprior_binarized_mnist": Job(
         "vampprior",
         8,
-        "--data binarized_mnist --recipe ours",
+        "--data binarized_mnist --recipe ours --epochs 300",
         f"--epochs 20 --warmup 5 --layers 1 {FEW}",
     ),
     "guides_binarized_mnist": Job(
@@ -81,7 +85,9 @@ JOBS = {
         "--data binarized_mnist --only diagonal IAF --num-particles 5000",
         f"--epochs 40 {FEW}",
     ),
-    "vampprior_frey_faces": Job("vampprior", 4, "--data frey_faces", "--epochs 200 --layers 1"),
+    "vampprior_frey_faces": Job(
+        "vampprior", 4, "--data frey_faces --anneal 8", "--epochs 200 --layers 1"
+    ),
     "autoregressive_binarized_mnist": Job(
         "autoregressive", 3, "--data binarized_mnist --epochs 100", f"--epochs 10 {FEW}"
     ),

@@ -29,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
@@ -124,8 +124,8 @@ def full_pair(latent_dim: int, hidden: int, num_data: int, dim: int = 64) -> tup
     encoder, prior, likelihood = pieces(latent_dim, hidden, dim)
     start = {f"likelihood.{n}": p.detach().clone() for n, p in likelihood.named_parameters()}
     model = FullModel(prior, likelihood, num_data)
-    of_weights = poutine.block(model, hide=["z", "x"])
-    weights = AutoNormal(of_weights, init_loc_fn=init_to_value(values=start), init_scale=START)
+    begin: Any = {"init_loc_fn": lambda site: start[site["name"]].to(site["fn"].mean)}  # its device
+    weights = AutoNormal(poutine.block(model, hide=["z", "x"]), init_scale=START, **begin)
     return model, FullGuide(encoder, weights, num_data)
 
 
@@ -161,7 +161,7 @@ def measured(
 ) -> dict[str, Any]:
     """One row, from what is known of it: all ways on so many training data, nats per datum."""
     end = time.monotonic() + time_left
-    x, test = data.train[:size], data.test[: args.num_test]
+    x, test = data.train[:size], data.test[args.rows]
     copies, epochs = schedule(size, args)
     shape, count = (args.latent_dim, args.hidden), (args.num_global, args.num_particles)
     lost = {way: DIVERGED for way in WAYS if row.get(way) == DIVERGED}
@@ -243,11 +243,11 @@ def main() -> None:
     if args.smoke:
         tiny = {"hidden": 8, "num_test": 30, "num_particles": 5, "num_global": 3, "num_joint": 3}
         vars(args).update(tiny, sizes=args.sizes[:2], epochs=2, steps=4)
-
     pyro.settings.set(module_local_params=True)  # each pair keeps its own parameters
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
     check(args, data)
+    args.rows = torch.linspace(0, len(data.test) - 1, args.num_test).long().unique()
     results = pv.Results(
         args.out / "results.json",
         title=f"Full variational Bayes over the decoder's weights: {data.name}",
@@ -262,9 +262,9 @@ def main() -> None:
             "tenth of KL warm-up, ELBO by Monte Carlo, one particle; point estimates of maximum "
             "likelihood (in the paper, of the posterior's maximum), 'stopped' at the best bound of "
             f"the {len(data.valid)} validation data, which the others don't see",
-            "evaluation": f"{min(args.num_test, len(data.test))} test data; {args.num_global} "
-            f"draws of the weights, {args.num_particles} particles each, as many in all for point "
-            f"estimates; {args.num_joint} weights of the whole set",
+            "evaluation": f"{len(args.rows)} of {len(data.test)} test data, evenly spread; "
+            f"{args.num_global} draws of the weights, {args.num_particles} particles each, as many "
+            f"in all for point estimates; {args.num_joint} weights of the whole set",
         },
         device=args.device,
     )

@@ -238,7 +238,7 @@ def trained(data: pv.Split, seed: int, args: Namespace) -> dict[str, dict[str, A
             continue
         if name != OURS:  # its weights are judged as a pair's
             model, guide, _ = pair(by_hand.state_dict())
-        test, count = data.test[: args.num_test].double(), args.num_particles
+        test, count = data.test[args.rows].double(), args.num_particles
         judged[name] = found = pv.log_evidence(model, guide, test, num_particles=count)
         evidence = {"value": found.mean, "standard_error": found.mean_standard_error}
         rows[name] = {"elbo": found.elbo.mean().item(), "log_evidence": evidence}
@@ -275,7 +275,7 @@ def main() -> None:
     pyro.settings.set(module_local_params=True)  # each pair keeps its own parameters
     data = pv.load_data(args.data, root=args.root)
     data = data if data.num_levels is None else data.binarize()
-    args.num_test = min(30 if args.smoke else 1000, len(data.test))
+    args.rows = torch.linspace(0, len(data.test) - 1, 30 if args.smoke else 1000).long().unique()
     results = pv.Results(
         args.out / "results.json",
         title=f"By hand and as Pyro programs: {data.name}",
@@ -287,7 +287,7 @@ def main() -> None:
             "milliseconds": f"a step with Adam on {BATCH} data, the best of rounds of 20 in turns",
             "training": f"64 bits, closed-form KL, {args.epochs} epochs, batch {BATCH}, torch's "
             f"Adam, rate {RATE}, parameters of the best validation bound; one order, one noise",
-            "evaluation": f"{args.num_particles} importance weights, {args.num_test} test data",
+            "evaluation": f"{args.num_particles} weights, {len(args.rows)} evenly spread test data",
         },
         device=args.device,
     )

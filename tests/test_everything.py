@@ -64,7 +64,7 @@ def test_every_job_is_a_script_with_these_options(job):
     text = (EXPERIMENTS / f"{job.script}.py").read_text()
     options = {"--out", "--device", "--smoke", "--root", "--budget"}
     options |= {word for word in f"{job.options} {job.reduced}".split() if word.startswith("--")}
-    written = re.findall(r'"(--[a-z-]+)"', text)
+    written = re.findall(r'"(--[a-z0-9-]+)"', text)
     listed = re.findall(r'^    "([a-z-]+)": \(', text, re.MULTILINE)  # of full_vb.py, in a table
     assert options <= {*written, *(f"--{name}" for name in listed)}
     assert job.weight > 0

@@ -48,6 +48,20 @@ def test_the_bound_of_the_set_is_log_p_of_all_data_less_the_guides_divergence():
     assert bound < beside["tighter_bound"] == pytest.approx(exact, abs=0.1)
 
 
+def test_the_weights_begin_where_the_pair_has_gone():
+    """A precision stands for a device: a pair is moved before its guide is called first."""
+    torch.manual_seed(0)
+    pair = SCRIPT["full_pair"](3, 20, 40, dim=8)
+    torch.manual_seed(0)
+    *_, likelihood = SCRIPT["pieces"](3, 20, 8)
+    for program in pair:
+        program.double()
+    pair[1](torch.ones(5, 8).double())
+    locations = attrgetter("weights.locs.likelihood")(pair[1])
+    for name, parameter in likelihood.named_parameters():
+        assert torch.equal(attrgetter(name)(locations), parameter.double())
+
+
 def call(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict[str, Any]:
     monkeypatch.setattr("sys.argv", [PATH.name, "--smoke", "--out", str(out), *options])
     runpy.run_path(str(PATH), run_name="__main__")
