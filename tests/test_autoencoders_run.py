@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def test_a_run_that_its_budget_cut_ends_where_an_uncut_one_does_and_takes_more_s
     assert resumed["rows"] == uncut["rows"]
     more = call("--only", "sparse", "--seeds", "0", "1")
     assert [row.get("seed") for row in more["rows"]] == [None, 0, 0, 1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_that_is_stopped_while_it_is_judged_is_judged_by_the_next_call(call, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pv, "reconstruct", lambda *_: sys.exit("stopped"))
+        with pytest.raises(SystemExit, match="stopped"):
+            call("--only", "sparse")
+    _, row = call("--only", "sparse")["rows"]
+    assert row["epochs"] == row["of_epochs"] == 2
 
 
 @pytest.mark.usefixtures("undrawn")
