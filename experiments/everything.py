@@ -89,7 +89,7 @@ JOBS = {
         "vampprior", 4, "--data frey_faces --anneal 8", "--epochs 200 --layers 1"
     ),
     "autoregressive_binarized_mnist": Job(
-        "autoregressive", 3, "--data binarized_mnist --epochs 100", f"--epochs 10 {FEW}"
+        "autoregressive", 3, "--data binarized_mnist --epochs 100", f"--epochs 40 {FEW}"
     ),
 }
 

@@ -134,10 +134,13 @@ def rows(monkeypatch: Any, out: Path, *args: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "train_seconds"} for row in found]
 
 
-def test_a_run_that_its_budget_cut_ends_where_an_uncut_one_does(monkeypatch, tmp_path):
+def test_a_run_that_its_budget_cut_ends_where_an_uncut_one_does(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     cut = rows(monkeypatch, tmp_path / "cut", "--budget", "1e-9")
-    assert [(row["epochs"], row["of_epochs"]) for row in cut] == [(1, 2), (1, 2)]
+    assert [(row["name"], row["epochs"], row["of_epochs"]) for row in cut] == [
+        ("autoregressive", 1, 2)
+    ]
+    assert "both, free bits: no time left; call again" in capsys.readouterr().out
     resumed = rows(monkeypatch, tmp_path / "cut")
     assert [row["epochs"] for row in resumed] == [2, 2]
     assert resumed == rows(monkeypatch, tmp_path / "uncut")
