@@ -188,6 +188,21 @@ def test_a_budget_cuts_a_training_that_goes_on_at_the_next_call(
     assert all(row["finished"] for row in rows_of(tmp_path))
 
 
+def test_what_was_published_keeps_a_row_until_it_is_run(monkeypatch, tmp_path):
+    digits = dataclasses.replace(pv.load_data("digits"), name="mnist")
+    monkeypatch.setattr("pyro_vae.load_data", lambda *args, **options: digits)
+    one = ["--objectives", "VAE", "--layers", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", a_clock_that_jumps())
+        run(patch, "--data", "mnist", *one, "--budget", "1e-6")
+    (row,) = rows_of(tmp_path)
+    assert (row["name"], row["as_reported"]) == ("1 layer, VAE, k = 1", -86.76)
+    told = json.loads((tmp_path / "results.json").read_text())["as_reported"]
+    assert (told["2 layers, IWAE, k = 50"], told["1 layer, DReG, k = 5"]) == (-82.90, -84.90)
+    assert len(told) == len(set(told)) == 11
+    assert told[row["name"]] == row["as_reported"]
+
+
 def test_more_draws_may_begin_where_the_vae_ends(monkeypatch, tmp_path, capsys):
     """The VAE is trained though nobody named it, and until it is through, those after it wait.
 
