@@ -18,7 +18,7 @@ files in `docs/results/`, which the experiments leave as `results.json` in their
 
 "Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
 standard error of the mean as an estimate for new data (a second "+-" in a cell). Figures of others
-are as they reported them.
+are as they reported them; a row of nothing else was not run by that protocol.
 Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
 together; "bias" is about how far log p(x) is too low, and "untrusted" the part of the data whose
 weights are too uneven to trust either ([evidence.md](evidence.md) says when). "7 of 7 after 320"
