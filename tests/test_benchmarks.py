@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def test_no_figure_is_typed_by_hand():
     from experiments.benchmarks.report import page
 
     assert (ROOT / "docs" / "performance.md").read_text() == page(PERFORMANCE)
+
+
+def test_what_was_not_measured_leaves_no_empty_table():
+    from experiments.benchmarks.report import page
+
+    lines = pairwise(page(PERFORMANCE).splitlines())
+    assert all(below.startswith("|") for above, below in lines if above.startswith("|---"))
 
 
 def test_every_machine_states_its_protocol_and_has_its_picture():
