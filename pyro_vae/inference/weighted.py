@@ -10,6 +10,7 @@ objective                minimises                              gradient of the 
                          the Renyi bound of order alpha         the density
 ``DReG``                 the same, of order 0                   :math:`\sum_k \bar w_k^2\,
                                                                 \partial_z \log w_k\,\partial z_k`
+                                                                (for a KL weight of 1)
 ``StickingTheLanding``   -ELBO                                  :math:`\frac1K \sum_k
                                                                 \partial_z \log w_k\,\partial z_k`
 ``ReweightedWakeSleep``  -log mean of the weights               :math:`\sum_k \bar w_k\,
@@ -79,7 +80,7 @@ class _Pathwise(Weighted):
     be another the second time.
     """
 
-    def _shares(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, log_w: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
         """The shares (K, N) of the draws in the gradients of the model and of the guide."""
         raise NotImplementedError
 
@@ -107,7 +108,7 @@ class _Pathwise(Weighted):
             for program in (model, guide)
         ]
         weights = self._weights(*scored)
-        of_model, of_guide = (share.detach() for share in self._shares(weights.log_w))
+        of_model, of_guide = (s.detach() for s in self._shares(weights.log_w, weights.beta))
         slopes = torch.autograd.grad((of_guide * weights.log_w).sum(), leaves, retain_graph=True)
         path = sum((s * z).sum() for s, z in zip(slopes, values, strict=True))
         value = self._value(weights.log_w).detach()
@@ -121,7 +122,10 @@ class DReG(_Pathwise):
     r"""The importance-weighted bound with doubly reparameterized gradients.
 
     The value is that of ``ImportanceWeighted``; the gradient of the guide has the same expectation,
-    and no noise where q is the exact posterior.
+    and no noise where q is the exact posterior. Under a KL weight of beta it is
+
+    .. math:: \sum_k \left((1-\beta)\,\bar w_k + \beta\,\bar w_k^2\right)
+              \partial_z \log w_k\,\partial z_k
 
     Args:
         num_particles: Number of draws K from the guide, for each datum.
@@ -135,9 +139,10 @@ class DReG(_Pathwise):
         DReG(num_particles=50)
     """
 
-    def _shares(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, log_w: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
         share = torch.softmax(log_w, 0)
-        return share, share.square()
+        # The density of the draws, whose gradient this replaces, is weighted by beta too.
+        return share, share * (1 - beta + beta * share)
 
     def _value(self, log_w: Tensor) -> Tensor:
         return bound(log_w, 0.0)
@@ -160,7 +165,7 @@ class StickingTheLanding(_Pathwise):
 
     num_particles: int = 1
 
-    def _shares(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, log_w: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
         share = torch.full_like(log_w, 1 / self.num_particles)
         return share, share
 
