@@ -10,6 +10,7 @@ from helpers import LinearGaussian
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.evidence.chains import Tally, Walk
 
 
 def guide(x: Tensor, *_: Tensor) -> None:
@@ -88,3 +89,16 @@ def test_the_error_of_the_mean_gap_is_its_scatter():
     means = torch.tensor([bounds.mean_gap for bounds in found])
     claimed = torch.tensor([bounds.mean_standard_error for bounds in found]).mean()
     assert 0.5 < means.std() / claimed < 1.7
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_bias_of_an_estimate_from_above_is_positive(sign):
+    """Lognormal weights of mean one, or reciprocals of such: log p(x) is 0."""
+    torch.manual_seed(0)
+    width = 0.6
+    log_w = sign * (width * torch.randn(16, 20_000).double() - width**2 / 2)
+    tally = Tally(len(log_w), sign=sign)
+    tally.walked([Walk(log_w, torch.ones(20_000).double(), torch.zeros(20_000).double())])
+    found = tally.estimate("", "known weights", moves=0, gradients=0)
+    assert found.bias * sign < 0
+    assert found.mean == pytest.approx(found.bias, abs=4 * found.mean_standard_error)

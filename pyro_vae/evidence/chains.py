@@ -32,12 +32,23 @@ class ChainEstimate(Estimate):
         divergent: The share of trajectories of each datum that diverged, ``(N,)``.
         num_moves: Number of moves of a chain.
         gradients: Evaluations of the densities with their gradients, over all data.
+        sign: 1 where ``value`` is below log p(x) on average, -1 where it is above.
     """
 
     acceptance: Tensor = field(kw_only=True)
     divergent: Tensor = field(kw_only=True)
     num_moves: int = field(kw_only=True)
     gradients: int = field(kw_only=True)
+    sign: int = field(default=1, kw_only=True)
+
+    @property
+    def bias(self) -> float:
+        """About how far the mean lies above the truth, below it where negative; see ``Estimate``.
+
+        An average of reciprocal weights is that of 1 / p(x): its logarithm is too low too, and so
+        what stands here is too high.
+        """
+        return self.sign * super().bias
 
     def _remedy(self, k: Tensor) -> str:
         if self.num_particles == 1:
@@ -142,4 +153,5 @@ class Tally:
             divergent=divergent / max(moves * self.num_chains, 1),
             num_moves=moves,
             gradients=gradients,
+            sign=self.sign,
         )
