@@ -91,6 +91,34 @@ def test_with_budget_enough_every_untrusted_datum_is_annealed():
     assert len(again.rows) == again.num_untrusted
 
 
+@pytest.mark.parametrize("rows", [150, 151])
+def test_an_argument_as_long_as_the_sample_is_still_handed_over_whole(rows):
+    """Half of the data, and so many rows of no data, whose sum is the model's mean."""
+
+    def model(x: Tensor, parts: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(parts.sum(), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor, parts: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            far = torch.where(x > 1.5, 2.0, 0.0)
+            posterior = dist.Normal(0.8 * x + 0.2 * parts.sum() + far, 0.2**0.5)
+            pyro.sample("z", posterior)
+
+    x = torch.linspace(-1, 1, 300).double()
+    x[150:] += 1.5
+    parts = torch.full((rows,), 1.0 / rows).double()
+    options: dict[str, Any] = {"num_chains": 8, "temperatures": 200, "leapfrog_steps": 3}
+    found = pv.evaluate(model, guide, x, parts, num_particles=100, budget=1e6, **options)
+    exact = dist.Normal(1.0, 1.25**0.5).log_prob(x)
+    assert found.num_untrusted == 150
+    assert found.annealed is not None
+    truth = exact[found.rows].mean().item()
+    assert found.annealed.value.mean().item() == pytest.approx(truth, abs=0.1)
+    assert len(found.rows) == 150 - (rows == 150)
+
+
 def test_a_budget_that_is_too_small_is_said():
     pair, guide, x = hard_pair(20)
     found = pv.evaluate(pair.model, guide, x, num_particles=100, budget=0.0, **CHEAP)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_vae.context import device_of
 from pyro_vae.evidence.annealed import ais
-from pyro_vae.evidence.blocks import check_options
+from pyro_vae.evidence.blocks import DATA_BLOCK, check_options
 from pyro_vae.evidence.evaluation import FEWEST_ANNEALED, Evaluation
 from pyro_vae.evidence.importance import log_evidence
 from pyro_vae.evidence.kept import Kept
@@ -119,6 +119,10 @@ def evaluate(
     pilot = chain_blocks(num_chains, device_of(model, guide))[0]
     price = PASSES * plan.gradients(1, num_chains, pilot=pilot) / (size * num_particles)
     count = math.floor(min(len(untrusted), budget / price + 1e-9))
+    # Annealing cuts what has as many rows as there are data: nothing else may seem to be such.
+    whole = {len(a) for a in args if isinstance(a, Tensor) and a.dim() > 0} - {size}
+    while count > DATA_BLOCK and count in whole:
+        count -= 1
     if count < min(FEWEST_ANNEALED, len(untrusted)):
         count = 0
     order = torch.randperm(len(untrusted), generator=torch.Generator().manual_seed(seed))
