@@ -16,11 +16,12 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae.context import seeded
+from pyro_vae.context import forked, seeded
 from pyro_vae.inference.averaging import Averages
 from pyro_vae.inference.handlers import kl_weight, site_to_blame, traces
 from pyro_vae.inference.objectives import Terms
 from pyro_vae.inference.svi import SVI, DivergedError
+from pyro_vae.inference.update_rules import load_state
 from pyro_vae.inference.validation import validation_bounds
 
 __all__ = ["Loop", "Record"]
@@ -203,7 +204,7 @@ class Loop:
             optimizer.grad_clip.clear()
             optimizer.set_state(state["optimizer"])
         else:
-            optimizer.load_state_dict(state["optimizer"])
+            load_state(optimizer, state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random_state"]["cpu"].cpu())
@@ -324,15 +325,15 @@ class Loop:
 
     def _wrong_with(self, batch: tuple[Tensor, ...]) -> str | None:
         """What is wrong with the next step; where nothing is, it is taken."""
-        random_state, said = torch.get_rng_state(), "the loss itself"
+        said = "the loss itself"
         try:
-            if self.svi.evaluate(*batch).loss.isfinite():
-                torch.set_rng_state(random_state)
+            with forked(device=batch[0].device):
+                good = self.svi.evaluate(*batch).loss.isfinite()
+            if good:
                 self.svi.update(*batch)
                 return None
         except (DivergedError, RuntimeError, ValueError) as error:
             said = str(error).partition("\n")[0]
-        torch.set_rng_state(random_state)
         return self._blame(batch, said)
 
     def _blame(self, batch: tuple[Tensor, ...], otherwise: str) -> str:

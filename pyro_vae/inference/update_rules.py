@@ -23,6 +23,7 @@ __all__ = [
     "apply_rule",
     "changing_of",
     "frozen_options",
+    "load_state",
     "rule_of",
     "state_tensors",
     "to_device",
@@ -73,6 +74,15 @@ def to_device(optimizers: list[Optimizer], device: torch.device) -> None:
         for state in optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device)
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, but for how it computes: that is this machine's affair."""
+    ways = ("capturable", "foreach", "fused")
+    own = [{way: g[way] for way in ways if way in g} for g in optimizer.param_groups]
+    own += [{}] * len(state["param_groups"])  # torch says what is wrong with another number
+    groups = [{**group, **mine} for group, mine in zip(state["param_groups"], own, strict=False)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def frozen_options(optimizer: Optimizer) -> list[dict[str, Any]]:

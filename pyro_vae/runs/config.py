@@ -1,14 +1,17 @@
 """What a run directory says of how it was made, and the data it keeps for pictures."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data import Split
@@ -19,6 +22,7 @@ from pyro_vae.runs.directory import Run, finite, versions
 
 __all__ = [
     "Data",
+    "algorithm",
     "check_weights",
     "continued",
     "hyperparameters",
@@ -39,6 +43,7 @@ def run_config(
     model: Program,
     guide: Program,
     data: Data,
+    valid: Sequence[Tensor] | None,
     svi: SVI,
     options: dict[str, Any],
     notes: dict[str, Any],
@@ -48,16 +53,13 @@ def run_config(
         described = data.describe()
     else:
         tensors = [data] if isinstance(data, Tensor) else data
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
         described = {
             "name": "tensors",
             "source": None,
             "shapes": [list(t.shape) for t in tensors],
             "steps": [],
-            "fingerprint": digest.hexdigest(),
+            "fingerprint": _digest(tensors),
+            "valid": None if valid is None else _digest(valid),
         }
     try:
         pair = describe(model, guide)
@@ -72,6 +74,21 @@ def run_config(
         "notes": notes,
         "versions": versions(),
     }
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def algorithm(optimizer: Any) -> str:
+    """What an optimizer is called; a subclass as torch's optimizer that it refines."""
+    classes = type(optimizer).__mro__
+    of_torch = (c for c in classes if c.__module__.startswith("torch.optim") and c is not Optimizer)
+    return next(of_torch, classes[0]).__name__
 
 
 def hyperparameters(optimizer: Any) -> dict[str, Any]:
@@ -112,25 +129,58 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         new: The config with which it is to go on.
 
     Returns:
-        The old config, with the new number of epochs.
+        The old config, with the new number of epochs, KL weights and patience.
 
     Raises:
-        ValueError: The data, or an option on which every number depends, are others.
+        ValueError: The data, the pair, or an option on which every number depends, are others.
     """
     if old["data"].get("fingerprint") != new["data"]["fingerprint"]:
         raise ValueError(
             f"resume: the run was started with other data ({old['data'].get('name')}); go on with "
             "the same, or start another run."
         )
+    valid = new["data"].get("valid")
+    if old["data"].get("valid", valid) != valid:  # earlier versions did not write it down
+        raise ValueError(
+            "resume: the run was started with "
+            + ("other validation data" if old["data"]["valid"] else "no validation data")
+            + "; go on with the same, or start another run: bounds of different data don't compare."
+        )
+    _check_pair(old.get("pair"), new["pair"])
     before, now = old["options"], new["options"]
+    _check_same("optimizer", before.get("algorithm", now["algorithm"]), now["algorithm"])
     for key in ("loss", "lr_schedule", "batch_size", "seed", "max_grad_norm", "ema_decay"):
         _check_same(key, before.get(key), now[key])
     for key, what in (("hyperparameters", "the optimizer's"), ("schedule", "lr_schedule's")):
         was, given = before.get(key) or {}, now[key]
         for name in sorted(was.keys() & given.keys()):  # other versions of torch have others
             _check_same(f"{what} {name}", was[name], given[name])
-    grown = {key: new["options"][key] for key in ("epochs", "kl_weight")}
+    grown = {key: new["options"][key] for key in ("epochs", "kl_weight", "patience")}
     return {**old, "options": {**old["options"], **grown}}
+
+
+def _check_pair(old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
+    """Refuse another pair, as far as its recipe tells; parts of one's own have none."""
+    if old is None or new is None:
+        return
+    was, given = map(_without_values, (old, new))
+    parts = zip_longest(was["nodes"], given["nodes"], fillvalue={"make": "nothing", "with": {}})
+    for one, other in parts:
+        _check_same("a part of the pair", one["make"], other["make"])
+        for name in {**one["with"], **other["with"]}:
+            there, here = (json.dumps(of["with"].get(name)) for of in (one, other))
+            _check_same(f"{name} of a {one['make']}", there, here)
+    _check_same("the parts of the pair", was["objects"], given["objects"])
+
+
+def _without_values(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON keeps it, without what tensors started at, which may have been drawn."""
+
+    def bare(found: dict[str, Any]) -> dict[str, Any]:
+        is_tensor = found.keys() == {"shape", "dtype", "fill"}
+        return {k: v for k, v in found.items() if not (is_tensor and k == "fill")}
+
+    return json.loads(json.dumps(recipe), object_hook=bare)
 
 
 def check_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> None:

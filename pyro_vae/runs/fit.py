@@ -23,6 +23,7 @@ from pyro_vae.inference.svi import SVI, OptimizerFactory
 from pyro_vae.runs.checks import as_tuple, check_alike, check_options, check_values, set_up
 from pyro_vae.runs.config import (
     Data,
+    algorithm,
     check_weights,
     continued,
     hyperparameters,
@@ -223,6 +224,7 @@ def fit(
             options = {
                 "loss": _loss_name(Trace_ELBO() if loss is None else loss),
                 "optimizer": repr(svi.optimizer),
+                "algorithm": algorithm(svi.optimizer),
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "seed": seed,
@@ -236,12 +238,13 @@ def fit(
                 "device": str(target),
                 "compile": svi.compile,
             }
-            config = run_config(model, guide, data, svi, options, dict(notes or {}))
+            config = run_config(model, guide, data, validation, svi, options, dict(notes or {}))
             if resume:
                 config = continued(run.config, config)
                 if run.has_begun:
                     state = run.load_checkpoint(target)
                     check_weights(state["records"], weights)
+                    config["options"]["epochs"] = max(epochs, len(state["records"]))
                     loop.load_state_dict(state)
             # First of all files: a folder that has it can be gone on with, whenever it was killed.
             run.write_json("config.json", config)
