@@ -63,6 +63,17 @@ def test_a_run_is_evaluated_as_its_pair_is(hard):
     assert "were annealed" in page
 
 
+def test_its_epochs_are_those_of_the_parameters_that_are_judged(hard):
+    """A training that was killed between its two files has told of an epoch that it lost."""
+    metrics = hard["run"] / "metrics.jsonl"
+    (line,) = metrics.read_text().splitlines()
+    lost = line.replace('"epoch": 1', '"epoch": 2')
+    assert lost != line
+    metrics.write_text(f"{line}\n{lost}\n")
+    EVALUATE(**hard, limit=3)
+    assert json.loads((hard["run"] / "evidence.json").read_text())["epochs"] == 1
+
+
 def test_two_runs_are_compared_by_the_errors_that_were_found(hard, tmp_path):
     options: dict[str, Any] = {"num_particles": 50, "budget": 3.0, "progress": False, **TINY}
     found = pv.evaluate_run(**hard, **options)

@@ -68,6 +68,28 @@ def test_what_is_unknown_is_null(tmp_path):
     assert read(tmp_path)["f"] is None
 
 
+def test_two_processes_keep_the_rows_of_both(tmp_path):
+    one, other = opened(tmp_path), opened(tmp_path)
+    one.put("one", value=1)
+    other.put("two", value=2)
+    one.note(found=3)
+    other.put("one", value=4)
+    assert other.rows == read(tmp_path)["rows"]
+    assert [(row["name"], row["value"]) for row in other.rows] == [("one", 4), ("two", 2)]
+    assert read(tmp_path)["found"] == 3
+
+
+def test_a_file_that_another_has_spoiled_meanwhile_is_left_and_the_row_is_told(tmp_path):
+    results, path = opened(tmp_path), tmp_path / "runs" / "results.json"
+    spoiled = json.dumps({**read(tmp_path), "protocol": {**PROTOCOL, "epochs": 4}})
+    for text in ("{", spoiled):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"is damaged|holds figures of another") as caught:
+            results.put("one", value=1.5)
+        assert caught.value.__notes__ == ['What was to be added: {"name": "one", "value": 1.5}']
+        assert path.read_text() == text
+
+
 def test_a_copy_may_be_changed_and_the_file_stays(tmp_path):
     results = opened(tmp_path)
     results.put("one", curve=[1])

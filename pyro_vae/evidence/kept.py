@@ -77,7 +77,8 @@ class KeptBlocks:
         ):
             for key in [key for key in self._mapping if key.startswith(f"{self._prefix}-")]:
                 self._mapping.pop(key, None)  # another process may have been faster
-        self._mapping[f"{self._prefix}-probe"] = now
+            # Not where blocks stay, or many small changes of the pair would add up unseen.
+            self._mapping[f"{self._prefix}-probe"] = now
 
     def finished(self) -> dict[int, Tensor]:
         """The blocks that were finished before, by their numbers."""

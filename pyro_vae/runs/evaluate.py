@@ -90,6 +90,8 @@ def evaluate_run(
         data = restore(config["data"])
     _check_prepared_alike(data, config["data"])
     pair = load(run, model=model, guide=guide)
+    # Not what the metrics say: a training that was killed may have told more than it saved.
+    epochs = len(folder.load_checkpoint("cpu")["records"])
     target = resolve_device(device, *pair)
     for program in map(bare, pair):
         if isinstance(program, nn.Module):
@@ -131,7 +133,7 @@ def evaluate_run(
     found = found.plus(jacobian)
     summary = {
         "part": part if isinstance(data, Split) else "given",
-        "epochs": len(folder.read_metrics()[0]),
+        "epochs": epochs,
         **_figures(found, data),
         "seed": seed,
         "budget": budget,

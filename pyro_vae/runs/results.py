@@ -19,8 +19,9 @@ class Results:
     """Rows of figures that were made under one protocol, kept as JSON.
 
     Every ``put`` and ``note`` writes the file at once, so that an experiment which was killed finds
-    what it had finished, and makes the rest. A file of another protocol is never added to, and a
-    damaged one is never written over. NaN and infinities become null.
+    what it had finished, and makes the rest; what another process has put there meanwhile stays. A
+    file of another protocol is never added to, and a damaged one is never written over. NaN and
+    infinities become null.
 
     Args:
         path: The file, e.g. ``results.json``; it is made, with its folder, or taken up again.
@@ -107,13 +108,15 @@ class Results:
 
         Raises:
             TypeError: A figure is none of these; a tensor says its number by ``.item()``.
-            ValueError: A figure is called "name".
+            ValueError: A figure is called "name"; or the file has been damaged meanwhile, or is of
+                another protocol now. What was to be added is in a note of the error.
             OSError: The file can't be written; it is as it was.
         """
         if "name" in figures:
             raise ValueError("put: 'name' is the name of the row; call the figure something else.")
         elsewhere = {key: fact for key, fact in self._here.items() if self._kept[key] != fact}
         row = {"name": name, **{k: _as_read(v, k) for k, v in figures.items()}, **elsewhere}
+        self._look_again(row)
         rows = self.rows
         for i, old in enumerate(rows):
             if old["name"] == name:
@@ -131,13 +134,27 @@ class Results:
 
         Raises:
             TypeError: A fact is nothing that JSON has a word for.
-            ValueError: It is called like a part of the file.
+            ValueError: It is called like a part of the file; or as for ``put``.
             OSError: The file can't be written; it is as it was.
         """
         for key in facts:
             if key in HEAD:
                 raise ValueError(f"note: {key!r} is a part of every results file; use other names.")
-        self._write({**self._kept, **{k: _as_read(v, k) for k, v in facts.items()}})
+        told = {k: _as_read(v, k) for k, v in facts.items()}
+        self._look_again(told)
+        self._write({**self._kept, **told})
+
+    def _look_again(self, added: dict[str, Any]) -> None:
+        """What another process has written meanwhile is kept."""
+        if not self.path.exists():
+            return
+        try:
+            found = _read(self.path)
+            _check_alike(self.path, found, self._kept)
+        except ValueError as error:
+            error.add_note(f"What was to be added: {json.dumps(added)}")
+            raise
+        self._kept = found
 
     def _write(self, kept: dict[str, Any]) -> None:
         Run(self.path.parent).write_json(self.path.name, kept)
