@@ -1,6 +1,7 @@
 """Write docs/results.md and docs/evidence-results.md from JSON: no figure is typed by hand.
 
-The figures lie in docs/results and docs/evidence, as the experiments left them.
+The figures lie in docs/results and docs/evidence, as the experiments left them; what is to be known
+of a section of results stands in notes.md, by the name of its file or of its script.
 
     python experiments/tables.py
 """
@@ -10,21 +11,6 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
-
-RESULTS = """# Results
-
-Measured figures with their protocols. This page is written by `experiments/tables.py` from the
-files in `docs/results/`, which the experiments leave as `results.json` in their run directories.
-
-"Estimator" is the Monte Carlo standard error of the mean over these test data, "test set" the
-standard error of the mean as an estimate for new data (a second "+-" in a cell). Figures of others
-are as they reported them; a row of nothing else was not run by that protocol.
-Where swaps are compared, "paired" is the standard error of the mean difference, data and estimators
-together; "bias" is about how far log p(x) is too low, and "untrusted" the part of the data whose
-weights are too uneven to trust either ([evidence.md](evidence.md) says when). "7 of 7 after 320"
-epochs: 320 of another bound came before. "Above wake sleep" is at equal numbers of samples, which
-may be fewer than those of the row. Nats are per datum. The seed is 0 where a row names no other.
-"""
 
 EVIDENCE = """# What the estimators of evidence say
 
@@ -117,16 +103,13 @@ def remarks(row: dict[str, Any]) -> dict[str, str]:
                 f"annealing finds {more:.1f} nats more: the chains of the other estimator had not "
                 "come to the posterior from where they began"
             )
-    bound = row.get("test_bound") or {}
-    if row.get("method") == "wake-sleep" and (bound.get("value") or 0.0) < -1e4:
-        found["bound"] = "only dreams train the guide: on data its log-variances ran far off"
     if (beside := compared(row)) is None:
         return found
     done, best = row["epochs"], row.get("best_epoch", row["epochs"])
     if done < row.get("of_epochs", done) and not row.get("finished"):
         why = f"training was stopped by its budget after {done} of {row['of_epochs']} epochs"
     elif best == done:
-        why = f"the validation bound still rose in the last of {done} epochs"
+        why = f"the last of {done} epochs was the best, by the bound of the validation data"
     else:
         why = f"epoch {best} of {done} was best, by the bound of the validation data"
         why += ", and what came after overfitted" * (best < 0.9 * done)
@@ -170,21 +153,21 @@ def overview(every: list[dict[str, Any]]) -> list[str]:
             if beside is None:
                 continue
             key, unit = ("bits_per_dim", " bits") if row.get("bits_per_dim") else ("", "")
-            told, ours = (f"{said(key, of)}{unit}" for of in beside[:2])
-            trained = map(cells(row).get, ("epochs", "before epochs"))
-            epochs = " after ".join(filter(None, trained))
+            told, ours = f"{beside[0]:.2f}{unit}", f"{said(key, beside[1])}{unit}"
+            epochs = " after ".join(filter(None, map(cells(row).get, ("epochs", "before epochs"))))
             link = re.sub(r"[^\w-]", "", figures["title"].lower().replace(" ", "-"))
             named = [f"[{figures['title']}](#{link})", name]
             # The error of an annealed figure is not that of the one by weighting.
             error = row.get("weighted_error" if row.get("weighted") else "mean_standard_error")
             scale = abs(row["bits_per_dim"] / row["log_evidence"]) if unit else 1.0
             errors = "" if error is None else f"{error * scale:.4f}"
+            new = "" if (of := row.get("sampling_error")) is None else f"{of * scale:.3f}"
             doubt = f"{row['untrusted']:.0%}" if "untrusted" in row else ""
             ahead = f"{beside[2]:+.2f}"
-            lines.append([*named, told, f"**{ours}**", errors, doubt, ahead, epochs])
-    head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "untrusted"]
-    head += ["better by", "epochs"]
-    return ["## Beside what was published", "", *markdown(head, lines), ""] if lines else []
+            lines.append([*named, told, f"**{ours}**", errors, new, doubt, ahead, epochs])
+    head = ["", "", "as reported, at best", "ours, by weighting", "+- estimator", "+- test set"]
+    head += ["untrusted", "better by", "epochs"]
+    return markdown(head, lines) if lines else []
 
 
 def cells(figures: dict[str, Any]) -> dict[str, str]:
@@ -313,19 +296,32 @@ def where(figures: dict[str, Any]) -> dict[str, str]:
 KINDS = {"baseline": comparison, "rows": free, "sets": foreign, "title": single}
 
 
-def page(head: str, folder: Path) -> str:
-    """A page of the figures in a folder."""
+def notes(path: Path) -> dict[str, str]:
+    """What is to be known, by the beginnings of names of files; "" is the head of the page."""
+    head, *parts = path.read_text().split("\n## ")
+    return {"": head.strip() + "\n"} | {
+        name: text.strip() for name, _, text in (part.partition("\n") for part in parts)
+    }
+
+
+def page(told: dict[str, str], folder: Path) -> str:
+    """A page of the figures in a folder, with its notes."""
     files = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     for title in {figures["title"] for figures in files.values()}:
         first, *others = (file for file in files if files[file]["title"] == title)
         for file in others:  # their names say what is different
             different = file.stem.removeprefix(first.stem).strip("_").replace("_", " ")
             files[file]["title"] += f", {different}"
-    sections = [head, *overview(list(files.values()))]
+    lines = overview(list(files.values()))
+    about = ["## Beside what was published", "", told.get("overview", ""), "", *lines, ""]
+    sections = [told[""], *(about if lines else [])]
     for file, figures in files.items():
         table, facts = next(of for mark, of in KINDS.items() if mark in figures)(figures)
         path = f"{folder.name}/{file.stem}"
-        sections += [f"## {figures['title']}", "", *table, ""]
+        sections += [f"## {figures['title']}", ""]
+        if name := max((n for n in told if file.stem.startswith(n)), key=len):
+            sections += [told[name], ""]
+        sections += [*table, ""]
         if file.with_suffix(".png").is_file():
             sections += [f"![{figures['title']}]({path}.png)", ""]
         sections += ["| | |", "|---|---|", *(f"| {key} | {of} |" for key, of in facts.items()), ""]
@@ -340,9 +336,13 @@ def main() -> None:
     """Write the pages."""
     docs = Path(__file__).parents[1] / "docs"
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
-    pages = {"results.md": (RESULTS, "results"), "evidence-results.md": (EVIDENCE, "evidence")}
-    for name, (head, folder) in pages.items():
-        (docs / name).write_text(page(head, docs / folder))
+    results = notes(Path(__file__).with_name("notes.md"))
+    pages = {
+        "results.md": (results, "results"),
+        "evidence-results.md": ({"": EVIDENCE}, "evidence"),
+    }
+    for name, (told, folder) in pages.items():
+        (docs / name).write_text(page(told, docs / folder))
         print(docs / name)
 
 
