@@ -241,17 +241,17 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     depths = sorted({row["layers"] for row in rows})
     figure = Figure(figsize=(4.5 * len(depths), 6), layout="constrained")
     panels: Any = figure.subplots(2, len(depths), sharex=True, squeeze=False)
-    for (top, bottom), depth in zip(panels.T, depths, strict=True):
+    for (top, low), depth in zip(panels.T, depths, strict=True):
         for i, objective in enumerate(OBJECTIVES):
             own = [r for r in rows if (r["layers"], r["objective"]) == (depth, objective)]
             own = sorted((r for r in own if "active_units" in r), key=lambda row: row["k"])
             ks = [row["k"] for row in own]
-            style: Any = {"color": f"C{i}", "label": objective if own else None, "alpha": 0.8}
-            top.plot(ks, [row["log_evidence"] for row in own], "o-", **style)
-            top.plot(ks, [r.get("as_reported", math.nan) for r in own], "x", color=f"C{i}", ms=8)
-            bottom.plot(ks, [sum(row["active_units"].values()) for row in own], "o-", **style)
+            top.plot(ks, [r["log_evidence"] for r in own], f"C{i}o-", label=objective * bool(own))
+            top.plot(ks, [r.get("as_reported", math.nan) for r in own], f"C{i}x", ms=8)
+            low.plot(ks, [sum(row["active_units"].values()) for row in own], f"C{i}o-")
         top.set(title=f"layers: {depth}; crosses as reported", ylabel="log p(x), nats per image")
-        bottom.set(xlabel="draws k", ylabel="active units", xscale="log")
+        low.set(xlabel="k", ylabel="active units", xscale="log", ylim=(0, 1.1 * low.get_ylim()[1]))
+        low.set_xticks(seen := sorted({row["k"] for row in rows}), [*map(str, seen)])
         top.legend()
     figure.savefig(path, dpi=150)
 
@@ -333,8 +333,8 @@ def main() -> None:
             before = {k: ended[vae][k] for k in ("epochs", "train_seconds") if after}
             results.put(variant.name, before=before, **measured(variant, data, args, seconds))
     by = "Burda et al. (static, k = 50: pythae; theirs -87.10), 5,000 particles; DReG: nbip/IWAE"
-    tables = [(at, of) for (name, *at), of in REPORTED.items() if name == data.name]
-    told = {Variant(*at, k, 0).name: nats for at, of in tables for k, nats in of.items()}
+    tables = [(n, what, row) for (name, n, what), row in REPORTED.items() if name == data.name]
+    told = {Variant(n, what, k, 0).name: of for n, what, row in tables for k, of in row.items()}
     results.note(reported_by=by, as_reported=told)  # what was not run has a line too
     # What diverged has no figures, nor has what leaves a datum without any weight.
     rows = [{k: v for k, v in row.items() if v is not None} for row in results.rows]
