@@ -11,8 +11,8 @@ Hamiltonian move of 10 leapfrog steps from where its latents were, with a step s
 acceptance of 0.9, and then 5 updates of the weights, each of which counts as so many samples.
 
 The step of Adagrad is 0.02 for all methods; the paper chooses among 0.01, 0.02 and 0.1 by the first
-iterations. Initial weights are N(0, 0.01), taken as a variance. The first 1,000 training and test
-data are judged. MNIST is binarized, each pixel drawn once in proportion to its level.
+iterations. Initial weights are N(0, 0.01), taken as a variance. The first --images training and
+test data are judged. MNIST is binarized, each pixel drawn once in proportion to its level.
 
     python experiments/aevb_marginal.py --root FOLDER --device cuda
     python experiments/aevb_marginal.py --root FOLDER --sizes 1000 --epochs 200 --out runs/reduced

@@ -21,7 +21,8 @@ tuned on foreign images, which a detector has not seen when it is made.
     python experiments/out_of_distribution.py
     python experiments/out_of_distribution.py --data binarized_mnist --root FOLDER \
         --out runs/foreign_to_bits --epochs 12 --latent-dim 40 --hidden-dims 300 300 --num-test 500
-    python experiments/out_of_distribution.py --data fashion_mnist --foreign mnist --epochs 20 ...
+    python experiments/out_of_distribution.py --data fashion_mnist --foreign mnist --root FOLDER \
+        --out runs/foreign_to_fashion --epochs 20
 
 References: Nalisnick et al., "Do deep generative models know what they don't know?" (2019) and
 "Detecting out-of-distribution inputs to deep generative models using typicality" (2019); Ren et
