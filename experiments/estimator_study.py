@@ -18,7 +18,6 @@ its signal to noise ratio |mean| / sqrt(variance) and its bias, relative to the 
 draws (none where another bound is meant): on one minibatch, for K draws and at stages of training,
 and for minibatches drawn anew. Then bound, log p(x) of test data and time of training by each.
 
-    python experiments/estimator_study.py
     python experiments/estimator_study.py --data mnist --root FOLDER --epochs 20 --out runs/mnist
 """
 
@@ -208,6 +207,7 @@ def trained(
             out=run,
             resume=(run / "config.json").exists(),
             device=args.device,
+            compile=False,  # in all trainings alike, and in none of their seconds
             pictures=False,
         )
     except pv.DivergedError:
