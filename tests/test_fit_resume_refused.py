@@ -1,6 +1,8 @@
 """What a run is not gone on with: another pair, other data, other options."""
 
 import contextlib
+import os
+import re
 from functools import partial
 from typing import Any
 
@@ -186,3 +188,40 @@ def test_other_values_of_a_split_are_other_data(tmp_path):
     fit(*bernoulli_pair(), dynamic(), epochs=1, out=out)
     with pytest.raises(ValueError, match=r"^resume: the run was started with other data"):
         fit(*bernoulli_pair(), dynamic(), epochs=2, out=out, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_trainings_are_not_made_in_one_folder(resume, tmp_path):
+    """The second is begun while the first is under way, from a new folder or an old one."""
+    out = tmp_path / "run"
+    if resume:
+        fit(*bernoulli_pair(), X, epochs=1, out=out)
+    else:
+        Run.create(out)
+    told = rf"^out: another training is under way in {re.escape(str(out))}; wait until"
+    with Run(out).claimed(), pytest.raises(OSError, match=told):
+        fit(*bernoulli_pair(), X, epochs=2, out=out, resume=resume)
+    history = fit(*bernoulli_pair(), X, epochs=2, out=out, resume=resume)
+    assert len(history.records) == 2
+
+
+def test_a_folder_on_a_disk_without_locks_is_trained_in(tmp_path, monkeypatch):
+    def refuse(*args: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert len(fit(*bernoulli_pair(), X, epochs=1, out=tmp_path / "run").records) == 1
+    monkeypatch.setattr("pyro_vae.runs.directory.fcntl", None)
+    assert len(fit(*bernoulli_pair(), X, epochs=1, out=tmp_path / "other").records) == 1
+
+
+def test_one_who_is_killed_leaves_the_folder_to_others(tmp_path):
+    out = tmp_path / "run"
+    Run.create(out)
+    child = os.fork()
+    if child == 0:
+        with Run(out).claimed():
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with Run(out).claimed():
+        pass

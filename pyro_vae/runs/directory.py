@@ -29,6 +29,11 @@ import numpy as np
 import pyro
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None
+
 __all__ = ["CHECKPOINT_FORMAT", "Run", "atomically", "finite", "machine", "versions"]
 
 CHECKPOINT_FORMAT = 1
@@ -87,6 +92,30 @@ class Run:
                 "fit(..., out=...) or pyro-vae train --out ... has written."
             )
         return run
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep others from training in this run; the system lets it go when this process ends.
+
+        Raises:
+            OSError: Another training is under way in it.
+        """
+        handle = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
+        try:
+            if fcntl is not None and handle is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise OSError(
+                        f"out: another training is under way in {self.path}; wait until it has "
+                        "ended, or give another directory."
+                    ) from None
+                except OSError:  # some network disks know no locks
+                    pass
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def fit(
         ValueError: Something about the arguments or the data; the message says what to do.
         DivergedError: The loss turned NaN, or the parameters made the pair fail; names the site.
             The pair and the checkpoint are those of the last good epoch.
-        OSError: The run directory can't be written.
+        OSError: The run directory can't be written, or another training is under way in it.
         KeyboardInterrupt: After Ctrl-C, when all is saved.
 
     Example:
@@ -196,7 +197,8 @@ def fit(
         max_grad_norm=max_grad_norm,
         compile=compile,
     )
-    with seeded(seed, "fit", device=target):
+    claim = nullcontext() if run is None else run.claimed()
+    with claim, seeded(seed, "fit", device=target):
         refresh = data.refresh if isinstance(data, Split) else None
         first = tuple(t[:batch_size] for t in train)
         if refresh is not None:
