@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from fit_pairs import adam, dynamic, fast, fit, parameters, same, tutorial_pair
 from helpers import TutorialPair, bernoulli_pair, bits
 from pyro.infer import TraceMeanField_ELBO
+from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
@@ -181,6 +183,22 @@ def test_rates_and_weights_go_on_as_they_began(change, match, tmp_path):
     with told:
         options |= change
         fit(*bernoulli_pair(), X, epochs=2, out=tmp_path / "run", resume=True, **options)
+
+
+def test_the_weight_of_an_epoch_that_is_half_done_stays(tmp_path, monkeypatch):
+    out, took = tmp_path / "run", Adam.step
+
+    def pressed(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(Adam, "step", took)
+        signal.raise_signal(signal.SIGINT)
+        return took(*args, **options)
+
+    monkeypatch.setattr(Adam, "step", pressed)
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1, after step 1 of 3"):
+        fit(*bernoulli_pair(), X, epochs=1, optimizer=adam, out=out)
+    with pytest.raises(ValueError, match=r"the kl_weight of epoch 1=1\.0, now it is 0\.1"):
+        fit(*bernoulli_pair(), X, epochs=1, kl_weight=0.1, optimizer=adam, out=out, resume=True)
+    fit(*bernoulli_pair(), X, epochs=1, optimizer=adam, out=out, resume=True)
 
 
 def test_other_values_of_a_split_are_other_data(tmp_path):

@@ -155,6 +155,8 @@ def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         was, given = before.get(key) or {}, now[key]
         for name in sorted(was.keys() & given.keys()):  # other versions of torch have others
             _check_same(f"{what} {name}", was[name], given[name])
+    first = (before.get("kl_weight") or now["kl_weight"])["first"]  # epoch 1 may be half done
+    _check_same("the kl_weight of epoch 1", first, now["kl_weight"]["first"])
     grown = {key: new["options"][key] for key in ("epochs", "kl_weight", "patience")}
     return {**old, "options": {**old["options"], **grown}}
 
