@@ -243,3 +243,20 @@ def test_one_who_is_killed_leaves_the_folder_to_others(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     with Run(out).claimed():
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(tmp_path):
+    out = tmp_path / "run"
+    Run.create(out)
+    read, write = os.pipe()
+    with Run(out).claimed():
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0)
+    try:
+        with Run(out).claimed():
+            pass
+    finally:
+        os.write(write, b"x")
+        os.waitpid(child, 0)

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,22 +100,25 @@ class Run:
         Raises:
             OSError: Another training is under way in it.
         """
-        handle = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
         try:
-            if fcntl is not None and handle is not None:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OSError(
-                        f"out: another training is under way in {self.path}; wait until it has "
-                        "ended, or give another directory."
-                    ) from None
-                except OSError:  # some network disks know no locks
-                    pass
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(
+                    f"out: another training is under way in {self.path}; wait until it has ended, "
+                    "or give another directory."
+                ) from None
+            except OSError:  # some network disks know no locks
+                pass
             yield
         finally:
-            if handle is not None:
-                os.close(handle)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # for processes too that were forked meanwhile
+            os.close(handle)
 
     @property
     def config(self) -> dict[str, Any]:
