@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
     """A checkout whose experiments are fakes."""
     experiments = tmp_path / "experiments"
     experiments.mkdir()
-    for name in ("everything.py", "tables.py"):
+    for name in ("everything.py", "tables.py", "notes.md"):
         shutil.copyfile(EXPERIMENTS / name, experiments / name)
     for job in JOBS.values():
         (experiments / f"{job.script}.py").write_text(FAKE)
